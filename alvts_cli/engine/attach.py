@@ -1,0 +1,352 @@
+"""Put the selection into a model with hooks, and take it out again without a trace."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Protocol
+from weakref import WeakSet
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import AlvtsError
+from ..families import family_of
+from .cache import SelectiveLayer, prepare_cache
+from .keep import Keep, KeepArgument, resolve_keep
+from .masks import build_mask, mask_style
+from .merging import gather_hidden, gather_positions, merge
+from .plan import Plan, make_plan, read_inputs
+from .scoring import LayerSelector, importance
+from .selecting import select
+
+_attached: WeakSet[nn.Module] = WeakSet()
+
+
+class Selectors(Protocol):
+    """What a loaded artifact offers."""
+
+    @property
+    def layers(self) -> Sequence[LayerSelector | None]: ...
+    @property
+    def causal(self) -> bool: ...
+    @property
+    def default_keep(self) -> float: ...
+    @property
+    def schedule(self) -> list[float] | None: ...
+
+
+class Scorer(Protocol):
+    """A method of choosing tokens: one number per visual token, in every layer that selects."""
+
+    def importance(
+        self,
+        layer_index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        plan: Plan,
+        layer_kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Importance `[B, T]`, -inf where `plan.visual` is False; the largest are kept.
+
+        Args:
+            layer_index: from 0.
+            layer: the decoder layer about to run.
+            hidden: its input `[B, T, D]`, all tokens; not to be written to.
+            plan: of this forward; a new object for every forward.
+            layer_kwargs: what the layer is called with (`position_embeddings`,
+                `past_key_values`, ...); not to be written to.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """What the latest forward with visual tokens kept.
+
+    Attributes:
+        visual_tokens: per sample.
+        kept: `[layer][sample]`.
+    """
+
+    visual_tokens: tuple[int, ...]
+    kept: tuple[tuple[int, ...], ...]
+
+    @property
+    def layer_average(self) -> float:
+        """Visual tokens kept, mean over layers and samples."""
+        return sum(map(sum, self.kept)) / (len(self.kept) * len(self.visual_tokens))
+
+
+@dataclass
+class _Running:
+    """A layer that is running on a selection: what its result is merged with."""
+
+    hidden: Tensor
+    index: Tensor
+    valid: Tensor | None
+
+
+def _no_phase(name: str) -> AbstractContextManager[object]:
+    return nullcontext()
+
+
+class _SelectorScorer:
+    """The method itself: low-rank selectors, each on its layer's device and in its dtype."""
+
+    def __init__(self, selectors: Selectors, layers: Any) -> None:
+        self.causal = selectors.causal
+        self.layers: list[Any] = []
+        for selector, layer in zip(selectors.layers, layers, strict=True):
+            # The norm is never quantised: its dtype is the one the layer computes in.
+            norm = layer.input_layernorm.weight
+            self.layers.append(selector and selector.to(norm.device, norm.dtype))
+
+    def importance(
+        self,
+        layer_index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        plan: Plan,
+        layer_kwargs: dict[str, Any],
+    ) -> Tensor:
+        return importance(hidden, self.layers[layer_index], plan.visual, plan.text, self.causal)
+
+
+def attach(model: Any, selectors: Selectors, keep: KeepArgument = None) -> "Attachment":
+    """Make `model` select its visual tokens in every layer, until the attachment is detached.
+
+        with attach(model, selectors, keep=0.11):
+            model.generate(**inputs)
+
+    Args:
+        model: a vision-language model of a known family.
+        selectors: fitted for this model.
+        keep: see `resolve_keep`; None takes the selectors' schedule, or their default.
+
+    Raises:
+        AlvtsError: unknown architecture, sliding windows, an unknown attention implementation,
+            an invalid `keep`, selectors of another model, or a model that is attached already.
+    """
+    layers: Any = family_of(model).layers(model)
+    if len(selectors.layers) != len(layers):
+        raise AlvtsError(
+            f"the selectors are for {len(selectors.layers)} layers but the model has "
+            f"{len(layers)}; use selectors fitted for this model"
+        )
+    if keep is None and selectors.schedule is None:
+        keep = selectors.default_keep
+    resolved = resolve_keep(keep, len(layers), selectors.schedule)
+    for i, selector in enumerate(selectors.layers):
+        if selector is None and resolved.chooses(i):
+            raise AlvtsError(
+                f"layer {i} has no selector but keep={resolved.values[i]}; keep 1.0 or 0 there"
+            )
+        if selector is not None:
+            width = layers[i].input_layernorm.weight.shape[0]
+            if selector.key.shape[1] != width:
+                raise AlvtsError(
+                    f"the selector of layer {i} is for a width of {selector.key.shape[1]} but "
+                    f"the model has {width}; use selectors fitted for this model"
+                )
+    return attach_scorer(model, _SelectorScorer(selectors, layers), resolved)
+
+
+def attach_scorer(model: Any, scorer: Scorer, keep: KeepArgument | Keep) -> "Attachment":
+    """`attach` for any other way of ranking tokens; the same errors."""
+    if not isinstance(keep, Keep):
+        keep = resolve_keep(keep, len(family_of(model).layers(model)))
+    return Attachment(model, scorer, keep)
+
+
+class Attachment:
+    """The hooks of one model. Made by `attach`; ends with the `with` block or by `detach()`.
+
+    A KV cache filled while attached belongs to the attached model: it lacks the tokens that each
+    layer skipped.
+
+    Attributes:
+        last: what the latest forward with visual tokens kept, or None.
+        phase: `phase(name)` is entered around "score", "select" and "merge" of every selecting
+            layer; a benchmark may put a timer here.
+    """
+
+    def __init__(self, model: Any, scorer: Scorer, keep: Keep) -> None:
+        family = family_of(model)
+        family.check(model)
+        self._model = model
+        self._family = family
+        self._backbone = family.backbone(model)
+        text_model: Any = family.text_model(model)
+        self._config = text_model.config
+        self._scorer = scorer
+        self._keep = keep
+        mask_style(self._config._attn_implementation)
+        if any(weight.device.type == "meta" for weight in self._backbone.parameters()):
+            raise AlvtsError(
+                "part of the model is offloaded, which alvts does not support; "
+                "load the model whole, on one or more devices"
+            )
+        if self._backbone in _attached:
+            raise AlvtsError("alvts is attached to this model already; detach it first")
+
+        self.last: Prefill | None = None
+        self.phase: Callable[[str], AbstractContextManager[object]] = _no_phase
+        self._forget()
+
+        layers = family.layers(model)
+        self._num_layers = len(layers)
+        self._handles = [
+            self._backbone.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            # Always called, so that nothing of a forward that failed is left behind.
+            self._backbone.register_forward_hook(self._after_model, always_call=True),
+            text_model.register_forward_hook(self._after_text_model, prepend=True),
+        ]
+        for i, layer in enumerate(layers):
+            self._handles += [
+                layer.register_forward_pre_hook(partial(self._before_layer, i), with_kwargs=True),
+                # First, so that hooks that record hidden states see the merged ones.
+                layer.register_forward_hook(partial(self._after_layer, i), prepend=True),
+            ]
+        _attached.add(self._backbone)
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Remove every hook. Harmless when done twice."""
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._forget()
+        _attached.discard(self._backbone)
+
+    def _forget(self) -> None:
+        """Drop the state of a forward."""
+        self._plan: Plan | None = None
+        self._cache: Any = None
+        self._first_hidden: Tensor | None = None
+        self._running: _Running | None = None
+
+    def _before_model(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._forget()
+        # Before the mask: a cache of the wrong kind brings a mask of the wrong kind with it, and
+        # the cache is the cause.
+        cache = kwargs.get("past_key_values")
+        if cache is not None:
+            prepare_cache(cache, self._num_layers, kwargs.get("attention_mask"))
+        input_ids, mask = read_inputs(args, kwargs)
+        visual = self._family.visual_mask(self._model, input_ids)
+        self._plan = plan = make_plan(input_ids, visual, mask, self._keep)
+        if plan.keep_counts:
+            self.last = Prefill(plan.visual_counts, plan.keep_counts)
+
+    def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._forget()
+
+    def _after_text_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        # transformers records the input of layer 0 as it reached the layer: the selected tokens.
+        states = getattr(output, "hidden_states", None)
+        if states and self._first_hidden is not None and states[0] is not None:
+            output.hidden_states = (self._first_hidden, *states[1:])
+
+    def _before_layer(
+        self, i: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        plan = self._plan
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        if plan is None or hidden.shape[1] != plan.tokens:
+            raise AlvtsError(
+                "the decoder was given tokens that alvts did not see in input_ids; call the whole "
+                "model with input_ids, or detach first"
+            )
+        # A model spread over devices hands a layer what the device before computed.
+        hidden = hidden.to(layer.input_layernorm.weight.device)
+        plan.move(hidden.device)
+        past = self._cache_layer(i, kwargs.get("past_key_values"))
+        if not plan.selects(i):
+            plain = past is None or past.plain
+            valid = plan.real()
+            mask = None if plain else self._mask(hidden, past, valid)
+            if past is not None:
+                past.expect(plan.tokens, valid, plain=True)
+            # The model's own mask fits a layer that has skipped nothing so far.
+            return None if plain else (args, {**kwargs, "attention_mask": mask})
+
+        index, valid = self._select(i, layer, hidden, plan, kwargs)
+        self._running = _Running(hidden, index, valid)
+        if i == 0:
+            self._first_hidden = hidden
+        with self.phase("select"):
+            chosen = gather_hidden(hidden, index)
+            positions = gather_positions(kwargs["position_embeddings"], index)
+            mask = self._mask(chosen, past, valid)
+        if past is not None:
+            past.expect(plan.tokens, valid, plain=False)
+        kwargs = {
+            **kwargs,
+            "attention_mask": mask,
+            "position_embeddings": positions,
+            # The rotary tables carry the positions. FlashAttention would take ids with gaps for
+            # several packed sequences.
+            "position_ids": None,
+        }
+        if args:
+            return (chosen, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": chosen}
+
+    def _after_layer(
+        self, i: int, layer: nn.Module, args: tuple[Any, ...], output: Tensor
+    ) -> Tensor | None:
+        running, self._running = self._running, None
+        if running is None:
+            return None
+        with self.phase("merge"):
+            return merge(running.hidden, running.index, output, running.valid)
+
+    def _cache_layer(self, i: int, cache: Any) -> SelectiveLayer | None:
+        """The layer's cache. Without one from the caller, the decoder made it a moment ago."""
+        if cache is None:
+            return None
+        if cache is not self._cache:
+            prepare_cache(cache, self._num_layers)
+            self._cache = cache
+        return cache.layers[i]
+
+    def _mask(
+        self, hidden: Tensor, past: SelectiveLayer | None, valid: Tensor | None
+    ) -> Tensor | None:
+        return build_mask(
+            self._config._attn_implementation,
+            hidden,
+            0 if past is None else past.slots,
+            None if past is None else past.valid,
+            valid,
+        )
+
+    def _select(
+        self, i: int, layer: nn.Module, hidden: Tensor, plan: Plan, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Positions `[B, K]` to run on, and which are real (None: all)."""
+        with self.phase("score"):
+            if plan.ranks(i):
+                scores = self._scorer.importance(i, layer, hidden, plan, kwargs)
+            else:
+                scores = torch.zeros_like(plan.visual, dtype=torch.float32)
+        with self.phase("select"):
+            lengths = plan.lengths(i)
+            index, valid = select(scores, plan.keep_tensor[i], plan.text, max(lengths))
+        return index, None if min(lengths) == max(lengths) else valid

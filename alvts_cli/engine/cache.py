@@ -1,0 +1,154 @@
+"""A cache layer that holds only what its decoder layer ran on."""
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from ..errors import AlvtsError
+
+
+class SelectiveLayer(DynamicLayer):
+    """Keys and values of all text and of this layer's own `k` visual tokens.
+
+    It reports the tokens that were *seen*, not those it holds: positions and masks of the model
+    are computed from that number (the sliding-window layer does the same).
+
+    Attributes:
+        seen: tokens that went by, held or not.
+        valid: bool `[B, slots]`, False at slots that fill a shorter sample; None when all are
+            real.
+        plain: True while it holds everything it has seen, slot for slot.
+    """
+
+    is_croppable = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = 0
+        self.valid: Tensor | None = None
+        self.plain = True
+        self._expected: tuple[int, Tensor | None, bool] | None = None
+
+    @classmethod
+    def holding(cls, layer: Any) -> "SelectiveLayer":
+        """Take over what a plain layer holds, without copying."""
+        new = cls()
+        if layer.is_initialized:
+            new.dtype, new.device = layer.dtype, layer.device
+            new.keys, new.values = layer.keys, layer.values
+            new.is_initialized = True
+            new.seen = layer.get_seq_length()
+        return new
+
+    @property
+    def slots(self) -> int:
+        """Keys held per sample."""
+        if self.keys is None or self.keys.numel() == 0:
+            return 0
+        return self.keys.shape[-2]
+
+    def expect(self, seen: int, valid: Tensor | None, plain: bool) -> None:
+        """Say what the coming `update` brings.
+
+        Args:
+            seen: tokens the forward has, including those that skip this layer.
+            valid: bool `[B, new slots]`, or None when all of them are real.
+            plain: whether the update holds all of the `seen` tokens, in order.
+        """
+        self._expected = (seen, valid, plain)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append `[B, H, new, d]` keys and values; without `expect`, `new` plain tokens."""
+        new = key_states.shape[-2]
+        seen, valid, plain = self._expected or (new, None, True)
+        self._expected = None
+        if valid is not None or self.valid is not None:
+            batch, device = key_states.shape[0], key_states.device
+            before, after = self.valid, valid
+            if before is None:
+                before = torch.ones(batch, self.slots, dtype=torch.bool, device=device)
+            if after is None:
+                after = torch.ones(batch, new, dtype=torch.bool, device=device)
+            self.valid = torch.cat([before, after], dim=1)
+        self.seen += seen
+        self.plain = self.plain and plain
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, held or not."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the mask the model builds, which counts the tokens seen."""
+        return self.seen + query_length, 0
+
+    def reset(self) -> None:
+        """Empty the layer."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.seen, self.valid, self.plain, self._expected = 0, None, True, None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Follow the beams."""
+        super().reorder_cache(beam_idx)
+        if self.valid is not None:
+            self.valid = self.valid.index_select(0, beam_idx.to(self.valid.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sample."""
+        super().batch_repeat_interleave(repeats)
+        if self.valid is not None:
+            self.valid = self.valid.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some samples."""
+        super().batch_select_indices(indices)
+        if self.valid is not None:
+            self.valid = self.valid[indices]
+
+    def crop(self, tokens_to_remove: int) -> NoReturn:
+        """Always refused, a crop by nothing too, so that a run does not fail halfway by chance."""
+        raise AlvtsError(
+            "alvts cannot roll its cache back, which assisted decoding and prompt lookup need; "
+            "generate without assistant_model and prompt_lookup_num_tokens"
+        )
+
+
+def prepare_cache(cache: Any, num_layers: int, attention_mask: Any = None) -> None:
+    """Turn the layers of a dynamic cache into `SelectiveLayer`s, in place; no-op if they are.
+
+    Args:
+        cache: a `DynamicCache`, empty or filled by plain use, made with or without a config.
+        num_layers: layers of the decoder.
+        attention_mask: `[B, >= tokens in the cache]`, for the padding a filled cache may hold;
+            anything else tells nothing.
+
+    Raises:
+        AlvtsError: another kind of cache.
+    """
+    if not isinstance(cache, DynamicCache) or any(
+        type(layer) not in (DynamicLayer, SelectiveLayer) for layer in cache.layers
+    ):
+        raise AlvtsError(
+            f"alvts needs the dynamic KV cache, not {type(cache).__name__}; "
+            "drop cache_implementation, or pass a DynamicCache of this model"
+        )
+    filled = []
+    for i, layer in enumerate(cache.layers):
+        if not isinstance(layer, SelectiveLayer):
+            cache.layers[i] = selective = SelectiveLayer.holding(layer)
+            if selective.seen > 0:
+                filled.append(selective)
+    # A cache made without a config creates its layers at the first update: too late for us.
+    while len(cache.layers) < num_layers:
+        cache.layers.append(SelectiveLayer())
+    if filled and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        held = attention_mask[:, : filled[0].slots].bool()
+        # Waits for the device, once in the life of a cache that was filled by someone else.
+        if not bool(held.all()):
+            for selective in filled:
+                selective.valid = held.to(selective.device)

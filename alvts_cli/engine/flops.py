@@ -1,0 +1,98 @@
+"""Arithmetic and memory, by formula and as measured."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PrefillFlops:
+    """Floating-point operations of one prefill of one sample; a multiply-add counts as two.
+
+    Attributes:
+        layers: of the decoder layers.
+        scoring: of the selectors.
+    """
+
+    layers: int
+    scoring: int
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.layers + self.scoring
+
+
+def prefill_flops(
+    text_config: Any,
+    tokens_per_layer: Sequence[int],
+    rank: int,
+    total_tokens: int,
+    text_tokens: int = 0,
+) -> PrefillFlops:
+    """Analytic FLOPs of the decoder layers and of the scoring.
+
+    A layer that runs on `t` tokens, with hidden size `D`, MLP size `I`, `H` query heads and `G`
+    key-value heads of size `d`:
+
+        projections  2 t D (H d)  for q,  2 t D (G d)  each for k and v,  2 t (H d) D  for o
+        attention    2 d H  for Q K^T and the same for A V, per pair of a row and a column it may
+                     see: t (t + 1) / 2 pairs, as the causal kernels compute them
+        MLP          3 * 2 t D I  (gate, up, down)
+
+    A selector of rank `R` over all `T` tokens, in every layer that runs on fewer than `T`:
+
+        projections  2 * 2 T D R,  logits 2 T^2 R,  two column means 2 * 2 T^2
+
+    The logits are whole, not causal. Norms, softmax, rotary and activation functions, the vision
+    tower and the output head are not counted.
+
+    Args:
+        text_config: of the decoder.
+        tokens_per_layer: text and kept visual tokens of every layer.
+        rank: `R`; 0 when nothing is scored.
+        total_tokens: `T`.
+        text_tokens: `M`. A layer that runs on no more than these keeps no visual token, and is
+            not scored.
+    """
+    width, mlp = text_config.hidden_size, text_config.intermediate_size
+    heads, kv_heads = text_config.num_attention_heads, text_config.num_key_value_heads
+    head_dim = head_size(text_config)
+    layers = scoring = 0
+    for tokens in tokens_per_layer:
+        projections = 2 * tokens * width * head_dim * (2 * heads + 2 * kv_heads)
+        attention = 4 * head_dim * heads * tokens * (tokens + 1) // 2
+        layers += projections + attention + 6 * tokens * width * mlp
+        if rank and text_tokens < tokens < total_tokens:
+            scoring += 4 * total_tokens * width * rank
+            scoring += 2 * total_tokens**2 * rank + 4 * total_tokens**2
+    return PrefillFlops(layers, scoring)
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes of the key and value tensors a dynamic cache holds now."""
+    return sum(
+        tensor.numel() * tensor.element_size()
+        for layer in cache.layers
+        for tensor in (layer.keys, layer.values)
+        if isinstance(tensor, Tensor)
+    )
+
+
+def kv_bytes_expected(
+    text_config: Any, tokens_per_layer: Sequence[int], bytes_per_value: int, batch: int = 1
+) -> int:
+    """Analytic `kv_bytes`: `sum over layers of 2 B t G d` values.
+
+    `t` is the number of slots of a layer: in a batch, those of its longest sample.
+    """
+    per_token = 2 * text_config.num_key_value_heads * head_size(text_config) * bytes_per_value
+    return batch * per_token * sum(tokens_per_layer)
+
+
+def head_size(text_config: Any) -> int:
+    """Size of a head; configs give it or leave it to `hidden_size / heads`."""
+    explicit = getattr(text_config, "head_dim", None)
+    return explicit or text_config.hidden_size // text_config.num_attention_heads

@@ -1,0 +1,71 @@
+"""The attention mask of one layer, whose keys are not those the model built its mask for."""
+
+import torch
+from torch import Tensor
+
+from ..errors import AlvtsError
+
+
+def mask_style(implementation: str) -> str:
+    """ "sdpa", "eager" or "flash" for a `config._attn_implementation`.
+
+    Raises:
+        AlvtsError: another implementation, whose mask format is not known here.
+    """
+    if implementation in ("sdpa", "eager"):
+        return implementation
+    # "flash_attention_2" and its siblings, or a kernel of the hub such as ".../flash-attn3".
+    if implementation.startswith("flash_attention_") or "flash-attn" in implementation:
+        return "flash"
+    raise AlvtsError(
+        f"alvts does not support attn_implementation={implementation!r}; "
+        "load the model with sdpa, eager or flash_attention_2"
+    )
+
+
+def build_mask(
+    implementation: str,
+    hidden: Tensor,
+    past_slots: int,
+    past_valid: Tensor | None,
+    valid: Tensor | None,
+) -> Tensor | None:
+    """The causal mask of a layer that runs on `hidden`, behind `past_slots` cached keys.
+
+    Args:
+        implementation: `config._attn_implementation`.
+        hidden: `[B, Q, D]`, for the batch, the number of rows, the dtype and the device.
+        past_slots: keys in the layer's cache before this forward.
+        past_valid: bool `[B, past_slots]`, False at fill; None when all are real.
+        valid: bool `[B, Q]`, False at fill; None when all are real.
+
+    Returns:
+        None wherever the implementation's own causal path is right (nothing filled, and no past
+        or a single row), so that the fast kernels are used. Else for sdpa bool, for eager
+        additive in the dtype of `hidden`, both `[B or 1, 1, Q, past + Q]`; for FlashAttention
+        bool `[B, past + Q]`. A fill row sees itself, so no row is empty and no nan arises.
+    """
+    style = mask_style(implementation)
+    batch, rows, _ = hidden.shape
+    real = None
+    if past_valid is not None or valid is not None:
+        if past_valid is None:
+            past_valid = torch.ones(batch, past_slots, dtype=torch.bool, device=hidden.device)
+        if valid is None:
+            valid = torch.ones(batch, rows, dtype=torch.bool, device=hidden.device)
+        real = torch.cat([past_valid, valid], dim=1)
+    if style == "flash":
+        return real
+    # With a past, sdpa's own causal mask is aligned to the first key: it would be wrong.
+    own_causal = rows == 1 or (style == "sdpa" and past_slots == 0)
+    if real is None and own_causal:
+        return None
+    key = torch.arange(past_slots + rows, device=hidden.device)
+    row = key[past_slots:, None]
+    allowed = (key <= row)[None, None]
+    if real is not None:
+        allowed = (allowed & real[:, None, None, :]) | (key == row)
+    if style == "sdpa":
+        return allowed
+    additive = torch.zeros_like(allowed, dtype=hidden.dtype)
+    return additive.masked_fill(~allowed, torch.finfo(hidden.dtype).min)

@@ -1,0 +1,114 @@
+"""What one forward of the model will do, known on the host before its first layer runs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import AlvtsError
+from .keep import Keep
+
+
+@dataclass(eq=False)
+class Plan:
+    """One forward: `B` samples of `T` new tokens. A new object for every forward.
+
+    Attributes:
+        tokens: `T`.
+        visual, text: bool `[B, T]`; in neither: padding. A single token is always text.
+        padded: whether some of the new tokens are padding.
+        visual_counts, text_counts: per sample, `N` and `M`; empty for a single token.
+        keep_counts: `[layer][sample]`, `k`; empty when there is no visual token.
+        keep_tensor: the same as int64 `[L, B]`, on the device of the masks.
+    """
+
+    tokens: int
+    visual: Tensor
+    text: Tensor
+    padded: bool
+    visual_counts: tuple[int, ...]
+    text_counts: tuple[int, ...]
+    keep_counts: tuple[tuple[int, ...], ...]
+    keep_tensor: Tensor
+
+    def selects(self, layer: int) -> bool:
+        """Whether a visual token skips this layer."""
+        return bool(self.keep_counts) and self.keep_counts[layer] != self.visual_counts
+
+    def ranks(self, layer: int) -> bool:
+        """Whether a selecting layer has to rank tokens, that is, keeps any."""
+        return any(self.keep_counts[layer])
+
+    def lengths(self, layer: int) -> tuple[int, ...]:
+        """Tokens of each sample that run through a selecting layer."""
+        return tuple(m + k for m, k in zip(self.text_counts, self.keep_counts[layer], strict=True))
+
+    def move(self, device: torch.device) -> None:
+        """Put the tensors on the device of the coming layer."""
+        self.visual, self.text = self.visual.to(device), self.text.to(device)
+        self.keep_tensor = self.keep_tensor.to(device)
+
+    def real(self) -> Tensor | None:
+        """bool `[B, T]`, False at padding; None when nothing is padded."""
+        return self.visual | self.text if self.padded else None
+
+
+def read_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """`(input_ids [B, T], attention_mask [B, >= T] or None)` from a call of the backbone.
+
+    Raises:
+        AlvtsError: there are no `input_ids`, or the mask is a prepared one.
+    """
+    input_ids = args[0] if args else kwargs.get("input_ids")
+    if input_ids is None:
+        raise AlvtsError(
+            "alvts finds the visual tokens in input_ids; pass input_ids, not inputs_embeds alone"
+        )
+    mask = kwargs.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise AlvtsError(
+            "alvts builds the masks of the layers itself; pass the 2-D attention_mask of the "
+            "tokenizer, or none"
+        )
+    return input_ids, mask
+
+
+def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, keep: Keep) -> Plan:
+    """Plan a forward. Waits for the device once, and not at all for a single token.
+
+    A sample with visual but no text tokens (a chunk out of the middle of an image) keeps at least
+    one of them in every layer, for an attention without any row cannot run.
+
+    Args:
+        input_ids: `[B, T]`.
+        visual: bool `[B, T]`, True at visual tokens.
+        attention_mask: `[B, S]` with `S >= T`, the last `T` columns being the new tokens; or None.
+        keep: one value per layer.
+    """
+    tokens = input_ids.shape[1]
+    if tokens == 1:
+        text = torch.ones_like(visual)
+        return Plan(tokens, ~text, text, False, (), (), (), input_ids.new_empty(0))
+    real = torch.ones_like(visual)
+    if attention_mask is not None:
+        real = attention_mask[:, -tokens:].to(visual.device, torch.bool)
+    visual, text = visual & real, real & ~visual
+    sums = torch.stack([visual.sum(dim=1), text.sum(dim=1)]).tolist()
+    samples = [(n, m) for n, m in zip(*sums, strict=True)]
+    keep_counts: tuple[tuple[int, ...], ...] = ()
+    if any(n > 0 for n, _ in samples):
+        keep_counts = tuple(
+            tuple(max(keep.count(layer, n), int(n > 0 and m == 0)) for n, m in samples)
+            for layer in range(len(keep.values))
+        )
+    return Plan(
+        tokens,
+        visual,
+        text,
+        any(n + m < tokens for n, m in samples),
+        tuple(sums[0]),
+        tuple(sums[1]),
+        keep_counts,
+        torch.tensor(keep_counts, dtype=torch.int64, device=visual.device),
+    )

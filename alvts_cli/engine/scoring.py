@@ -1,0 +1,130 @@
+"""The selector of a layer at run time: importance of every visual token from the raw residual.
+
+With the layer's input RMSNorm `n(x) = s(x) * x * w`, `s(x) = rsqrt(mean(x^2) + eps)`, and the
+low-rank projections `y_q = U_Q V_Q n(x) + b_q`, `y_k = U_K V_K n(x) + b_k`, a logit is
+
+    y_q(i) . y_k(j) / sqrt(d_k)
+        = (U_K^T U_Q V_Q n(x_i) + U_K^T b_q) . (V_K n(x_j)) / sqrt(d_k)  +  y_q(i) . b_k / sqrt(d_k)
+
+The last term is the same for all `j`, so the softmax over `j` cancels it. What is left needs two
+`R x D` matrices: `w` and the scale fold into them, and `s(x)` is one number per token.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Rows of the attention matrix held at once: bounds memory to B * 1024 * T floats, and still lets
+# an image of 576 tokens with its prompt go through in one block.
+ROW_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class LayerSelector:
+    """The folded selector of one layer.
+
+    Attributes:
+        query: `[R, D]`, with the `R x R` core, the norm weight and `1 / sqrt(d_k)` folded in.
+        key: `[R, D]`, with the norm weight folded in.
+        query_bias: `[R]` or None, with `1 / sqrt(d_k)` folded in.
+        eps: of the layer's input RMSNorm.
+    """
+
+    query: Tensor
+    key: Tensor
+    query_bias: Tensor | None
+    eps: float
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "LayerSelector":
+        """A copy for a layer's device and dtype. The small bias stays in float32."""
+        bias = self.query_bias
+        return replace(
+            self,
+            query=self.query.to(device, dtype),
+            key=self.key.to(device, dtype),
+            query_bias=None if bias is None else bias.to(device, torch.float32),
+        )
+
+
+def fold(
+    u_q: Tensor,
+    v_q: Tensor,
+    u_k: Tensor,
+    v_k: Tensor,
+    b_q: Tensor | None,
+    norm_weight: Tensor,
+    head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Fold fitted matrices into `(query [R, D], key [R, D], query_bias [R] or None)`.
+
+    `W_Q ~ u_q @ v_q` with `u_q` `[H * head_dim, R]` and `v_q` `[R, D]` (as `nn.Linear` weights lie,
+    so `y = W x`), and the same for the keys. The heads are one joint head of `H * head_dim`; with
+    grouped-query attention the rows of `u_k` are those of the key projection repeated once per
+    query head. `b_q` is `[H * head_dim]`; a key bias cancels in the softmax and is not asked for.
+
+    The result is float32 and differentiable in `u` and `v`.
+    """
+    scale = head_dim**-0.5
+    u_k = u_k.float()
+    norm = norm_weight.float()
+    query = (u_k.T @ u_q.float()) @ v_q.float() * norm * scale
+    key = v_k.float() * norm
+    bias = None if b_q is None else u_k.T @ b_q.float() * scale
+    return query, key, bias
+
+
+def importance(
+    hidden: Tensor, selector: LayerSelector, visual: Tensor, text: Tensor, causal: bool
+) -> Tensor:
+    """`S(i) = S_V2V(i) * S_T2V(i)` of every visual token.
+
+    With `A = softmax(q k^T)` over all real tokens, `S_V2V(i)` is the mean of `A[j, i]` over the
+    visual rows `j` and `S_T2V(i)` the mean over the text rows. A sample without text tokens has
+    no `S_T2V`: its importance is `S_V2V` alone.
+
+    Args:
+        hidden: `[B, T, D]`, the layer's input as it is (before its norm), any float dtype.
+        selector: on the device and in the dtype of `hidden`.
+        visual: bool `[B, T]`.
+        text: bool `[B, T]`; a position in neither mask is padding, ignored as row and column.
+        causal: let a row see only columns up to its own. The paper does not say which it means;
+            the artifact records what its selectors were fitted for.
+
+    Returns:
+        float32 `[B, T]`, -inf where not visual. Differentiable; never waits for the device.
+    """
+    _, tokens, width = hidden.shape
+    # One kernel with a float32 accumulator, instead of a float32 copy of the hidden states.
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=wide)
+    scale = torch.rsqrt(norm.square() / width + selector.eps)
+    query = functional.linear(hidden, selector.query) * scale
+    if selector.query_bias is not None:
+        query = query + selector.query_bias
+    key = (functional.linear(hidden, selector.key) * scale).transpose(1, 2)
+
+    # [B, 2, T]: how much each row counts in the mean over visual, and over text rows.
+    rows = torch.stack([visual, text], dim=1).float()
+    counts = rows.sum(dim=-1, keepdim=True)
+    rows = rows / counts.clamp(min=1)
+    padding = ~(visual | text)[:, None, :]
+    positions = torch.arange(tokens, device=hidden.device)
+    # Not -inf: a padding row may have no column at all, and its nan would spoil the means.
+    lowest = torch.finfo(torch.float32).min
+
+    means = torch.zeros_like(rows)
+    for start in range(0, tokens, ROW_BLOCK):
+        block = slice(start, start + ROW_BLOCK)
+        # float() is for autocast, which would make them half precision.
+        logits = (query[:, block] @ key).float()
+        hide = padding
+        if causal:
+            hide = hide | (positions[None, :] > positions[block, None])
+        attention = logits.masked_fill(hide, lowest).softmax(dim=-1)
+        means = means + rows[:, :, block] @ attention
+
+    from_visual, from_text = means.unbind(dim=1)
+    from_text = torch.where(counts[:, 1] > 0, from_text, 1.0)
+    return (from_visual * from_text).masked_fill(~visual, -torch.inf)

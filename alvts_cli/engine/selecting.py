@@ -1,0 +1,30 @@
+"""From importance to positions, with static shapes and without waiting for the device."""
+
+import torch
+from torch import Tensor
+
+
+def select(
+    importance: Tensor, keep_counts: Tensor, text: Tensor, length: int
+) -> tuple[Tensor, Tensor]:
+    """The positions a layer runs on: the `k` best visual tokens and every text token.
+
+    Args:
+        importance: `[B, T]`, -inf where not visual. On a tie the earlier token wins.
+        keep_counts: int64 `[B]`, at most the number of visual tokens of the sample.
+        text: bool `[B, T]`.
+        length: the largest `text + k` of the batch, known on the host.
+
+    Returns:
+        `index` int64 `[B, length]`: distinct positions, the chosen ones ascending on the right.
+        Shorter samples are filled on the left with positions that were not chosen.
+        `valid` bool `[B, length]`: False at the fill.
+    """
+    best_first = importance.argsort(dim=-1, descending=True, stable=True)
+    # A sort of a permutation is its inverse: the rank of every position.
+    rank = best_first.argsort(dim=-1)
+    chosen = text | (rank < keep_counts[:, None])
+    # Stable, so both the positions left out and the chosen ones after them stay ascending.
+    order = chosen.to(torch.uint8).argsort(dim=-1, stable=True)
+    index = order[:, order.shape[1] - length :]
+    return index, chosen.gather(1, index)

@@ -1,0 +1,153 @@
+"""A left-padded batch gives every sample what it gets alone."""
+
+import pytest
+import torch
+from tiny import FAMILIES, IMAGE, Prompt, make_inputs, make_model, make_selectors, one_image
+from transformers import DynamicCache
+
+from alvts_cli import attach
+
+OPTIONS = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
+
+
+def prompts(family):
+    """Different lengths of text, and one, two and no images (or none but those of equal size)."""
+    size = one_image(family).images[0]
+    other = {"llava": size, "qwen2_5_vl": (16, 32)}.get(family, (16, 32))
+    return [
+        Prompt([1, 5, 9, 12], [size], seed=1),
+        Prompt([1, 5, 9, 12, 33, 47, 51], [size, other], seed=2),
+        Prompt([1, 6, 7, 8, 9, 10], [other], seed=3),
+        Prompt([1, 40, 41, 42, 43]),
+    ]
+
+
+def fresh(model):
+    """Qwen remembers the position offset of the latest prompt: forget it between prompts."""
+    if hasattr(model.model, "rope_deltas"):
+        model.model.rope_deltas = None
+    return model
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("keep", [0.25, 5, [1.0, 0.0, 0.5, 3]], ids=["ratio", "count", "schedule"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batch_equals_singles(family, keep, attn):
+    model = make_model(family, attn)
+    samples = prompts(family)
+    batch = make_inputs(model, *samples)
+    longest = batch["input_ids"].shape[1]
+    with torch.no_grad(), attach(model, make_selectors(causal=True), keep) as attachment:
+        whole = fresh(model)(**batch).logits
+        assert not bool(whole.isnan().any())
+        together = fresh(model).generate(**batch, max_new_tokens=5, **OPTIONS)
+        kept = attachment.last.kept
+        for b, sample in enumerate(samples):
+            inputs = make_inputs(model, sample)
+            length = inputs["input_ids"].shape[1]
+            one = fresh(model)(**inputs).logits[0]
+            torch.testing.assert_close(whole[b, longest - length :], one, rtol=1e-4, atol=1e-4)
+            alone = fresh(model).generate(**inputs, max_new_tokens=5, **OPTIONS)
+            assert torch.equal(together.sequences[b, longest:], alone.sequences[0, length:])
+            for a, c in zip(together.logits, alone.logits, strict=True):
+                torch.testing.assert_close(a[b], c[0], rtol=1e-4, atol=1e-4)
+            if sample.images:
+                assert [k[b] for k in kept] == [k[0] for k in attachment.last.kept]
+                for layer, own in zip(
+                    together.past_key_values.layers, alone.past_key_values.layers, strict=True
+                ):
+                    real = layer.slots if layer.valid is None else int(layer.valid[b].sum())
+                    assert real == own.slots
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_right_padding_in_a_prefill(family):
+    model = make_model(family)
+    sample = one_image(family)
+    inputs = make_inputs(model, sample)
+    length = inputs["input_ids"].shape[1]
+    padded = dict(inputs)
+    for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+        if name in padded:
+            padded[name] = torch.nn.functional.pad(padded[name], (0, 3))
+    with torch.no_grad(), attach(model, make_selectors(causal=True), 0.25):
+        one = fresh(model)(**inputs).logits
+        other = fresh(model)(**padded).logits[:, :length]
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beams_of_a_batch_equal_beams_alone(family):
+    model = make_model(family)
+    samples = prompts(family)[:2]
+    options = dict(num_beams=3, max_new_tokens=6, do_sample=False)
+    batch = make_inputs(model, *samples)
+    longest = batch["input_ids"].shape[1]
+    with attach(model, make_selectors(), 0.25):
+        together = fresh(model).generate(**batch, **options)
+        for b, sample in enumerate(samples):
+            inputs = make_inputs(model, sample)
+            alone = fresh(model).generate(**inputs, **options)
+            length = inputs["input_ids"].shape[1]
+            assert torch.equal(together[b, longest:], alone[0, length:])
+
+
+def test_several_returned_sequences():
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    with attach(model, make_selectors(), 0.25):
+        one = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+        beams = model.generate(
+            **inputs, max_new_tokens=5, do_sample=False, num_beams=3, num_return_sequences=3
+        )
+        assert beams.shape == (3, one.shape[1])
+        sampled = model.generate(
+            **inputs, max_new_tokens=5, do_sample=True, top_k=1, num_return_sequences=2
+        )
+        assert torch.equal(sampled, one.expand(2, -1))
+
+
+def test_a_padded_cache_filled_before_attaching():
+    model = make_model("llava")
+    image = make_inputs(model, one_image("llava"))
+    texts = torch.tensor([[0, 0, 1, 20], [1, 21, 22, 23]])
+    mask = (texts != 0).long()
+    ids = image["input_ids"].expand(2, -1)
+    pixels = image["pixel_values"].repeat(2, 1, 1, 1)
+    full = torch.cat([mask, torch.ones_like(ids)], dim=1)
+    places = full.cumsum(1) - 1
+    selectors = make_selectors()
+    with torch.no_grad():
+        cache = model(texts, attention_mask=mask, position_ids=places[:, :4]).past_key_values
+        with attach(model, selectors, 0.25):
+            got = model(
+                ids,
+                pixel_values=pixels,
+                attention_mask=full,
+                position_ids=places[:, 4:],
+                past_key_values=cache,
+            )
+            for b, skip in ((0, 2), (1, 0)):
+                alone = DynamicCache()
+                model(texts[b : b + 1, skip:], past_key_values=alone)
+                expected = model(ids[:1], pixel_values=pixels[:1], past_key_values=alone)
+                torch.testing.assert_close(got.logits[b], expected.logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_runs_and_is_finite():
+    model = make_model("llava", dtype=torch.bfloat16)
+    batch = make_inputs(model, *prompts("llava"))
+    with torch.no_grad(), attach(model, make_selectors(), 0.25):
+        logits = model(**batch).logits
+    assert logits.dtype == torch.bfloat16
+    assert bool(logits.isfinite().all())
+
+
+def test_gradients_reach_the_embeddings():
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    with attach(model, make_selectors(), 0.25):
+        model(
+            **inputs, labels=inputs["input_ids"].where(inputs["input_ids"] != IMAGE, -100)
+        ).loss.backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad.isfinite().all()

@@ -1,0 +1,131 @@
+import pytest
+import torch
+from tiny import LAYERS, Prompt, make_inputs, make_model, make_selectors, one_image
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
+
+from alvts_cli import AlvtsError, attach
+from alvts_cli.engine import (
+    SelectiveLayer,
+    kv_bytes,
+    kv_bytes_expected,
+    prefill_flops,
+    prepare_cache,
+)
+
+
+@pytest.fixture
+def model():
+    return make_model("llava")
+
+
+def refused(call):
+    with pytest.raises(AlvtsError) as error:
+        call()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_static_cache_is_refused(model):
+    inputs = make_inputs(model, one_image("llava"))
+    with attach(model, make_selectors(), 0.25):
+        message = refused(
+            lambda: model.generate(**inputs, max_new_tokens=3, cache_implementation="static")
+        )
+        assert "drop cache_implementation" in message
+        model.generate(**inputs, max_new_tokens=3)
+
+
+def test_other_caches_are_refused(model):
+    config = model.config.text_config
+    for cache in (
+        StaticCache(config=config, max_cache_len=8),
+        EncoderDecoderCache(DynamicCache(), DynamicCache()),
+        ((torch.zeros(1), torch.zeros(1)),),
+    ):
+        assert "dynamic KV cache" in refused(lambda cache=cache: prepare_cache(cache, LAYERS))
+
+
+def test_rolling_back_is_refused(model):
+    inputs = make_inputs(model, one_image("llava"))
+    with attach(model, make_selectors(), 0.25):
+        lookup = dict(max_new_tokens=8, prompt_lookup_num_tokens=3, do_sample=False)
+        assert "roll" in refused(lambda: model.generate(**inputs, **lookup))
+        cache = model(**inputs).past_key_values
+        assert "roll" in refused(lambda: cache.crop(-1))
+
+
+@pytest.mark.parametrize("with_config", [True, False])
+def test_prepare_cache_converts_in_place(model, with_config):
+    cache = DynamicCache(config=model.config.text_config) if with_config else DynamicCache()
+    prepare_cache(cache, LAYERS)
+    assert len(cache.layers) == LAYERS
+    layers = list(cache.layers)
+    assert all(isinstance(layer, SelectiveLayer) for layer in layers)
+    prepare_cache(cache, LAYERS)
+    assert all(a is b for a, b in zip(cache.layers, layers, strict=True))
+
+
+def filled() -> SelectiveLayer:
+    layer = SelectiveLayer()
+    layer.expect(9, torch.tensor([[False, True, True], [True, True, True]]), plain=False)
+    layer.update(torch.randn(2, 1, 3, 4), torch.randn(2, 1, 3, 4))
+    return layer
+
+
+def test_layer_reports_what_was_seen():
+    layer = filled()
+    assert (layer.slots, layer.seen, layer.get_seq_length()) == (3, 9, 9)
+    assert layer.get_mask_sizes(2) == (11, 0)
+    layer.update(torch.randn(2, 1, 1, 4), torch.randn(2, 1, 1, 4))
+    assert (layer.slots, layer.seen) == (4, 10)
+    assert layer.valid.tolist() == [[False, True, True, True], [True] * 4]
+
+
+def test_layer_carries_valid_through_batch_operations():
+    layer = filled()
+    keys = layer.keys
+    layer.reorder_cache(torch.tensor([1, 0]))
+    assert layer.valid[:, 0].tolist() == [True, False]
+    assert torch.equal(layer.keys[0], keys[1])
+    layer.batch_repeat_interleave(2)
+    assert layer.valid[:, 0].tolist() == [True, True, False, False]
+    layer.batch_select_indices(torch.tensor([1, 2]))
+    assert layer.valid[:, 0].tolist() == [True, False]
+    assert layer.keys.shape[0] == 2
+    layer.reset()
+    assert (layer.slots, layer.seen, layer.valid, layer.plain) == (0, 0, None, True)
+
+
+def test_a_reset_cache_serves_the_next_prompt(model):
+    inputs = make_inputs(model, one_image("llava"))
+    batch = make_inputs(model, one_image("llava"), Prompt([1, 2, 3], [(16, 16)]))
+    with torch.no_grad(), attach(model, make_selectors(), 0.25):
+        expected = model(**inputs).logits
+        cache = model(**batch).past_key_values
+        cache.reset()
+        assert torch.equal(model(**inputs, past_key_values=cache).logits, expected)
+
+
+def test_kv_bytes_measured_equal_expected(model):
+    inputs = make_inputs(model, one_image("llava"))
+    keep = [1.0, 0.5, 0.25, 0.0]
+    with torch.no_grad(), attach(model, make_selectors(), keep) as attachment:
+        cache = model(**inputs).past_key_values
+        tokens = [12 + kept[0] for kept in attachment.last.kept]
+    assert tokens == [28, 20, 16, 12]
+    assert kv_bytes(cache) == kv_bytes_expected(model.config.text_config, tokens, 4)
+
+
+def test_flops_equal_those_of_the_matrices(model):
+    config = model.config.text_config
+    dense = prefill_flops(config, [28] * LAYERS, 8, 28)
+    assert dense.scoring == 0
+    weights = sum(p.numel() for p in model.model.language_model.layers.parameters() if p.dim() == 2)
+    pairs = sum(range(1, 29))
+    attention = LAYERS * pairs * 4 * config.hidden_size
+    assert dense.total == 2 * 28 * weights + attention
+
+    pruned = prefill_flops(config, [16, 16, 12, 28], 8, 28, text_tokens=12)
+    one_layer = 2 * 28 * (2 * 8 * 32) + 2 * 28 * 28 * 8 + 2 * 28 * 28 * 2
+    assert pruned.scoring == 2 * one_layer
+    assert pruned.layers < dense.layers

@@ -1,0 +1,93 @@
+import pytest
+
+from alvts_cli import AlvtsError
+from alvts_cli.engine import resolve_keep
+
+
+@pytest.mark.parametrize(
+    ("keep", "visual_tokens", "count"),
+    [
+        (0.11, 100, 11),
+        (0.29, 100, 29),  # 0.29 * 100 is 28.999999999999996
+        (0.07, 100, 7),
+        (0.5, 7, 3),
+        (0.001, 100, 1),  # never nothing
+        (1.0, 100, 100),
+        (1, 100, 1),  # an int is a number of tokens
+        (64, 576, 64),
+        (64.0, 576, 64),
+        (64, 50, 50),
+        (64, 0, 0),
+        (0.5, 0, 0),
+        ("0.11", 100, 11),
+        ("1", 100, 1),
+        ("1.0", 100, 100),
+        ("64", 576, 64),
+        (" 64 ", 576, 64),
+        ("1e2", 576, 100),
+    ],
+)
+def test_one_number_for_all_layers(keep, visual_tokens, count):
+    resolved = resolve_keep(keep, 3)
+    assert [resolved.count(layer, visual_tokens) for layer in range(3)] == [count] * 3
+
+
+@pytest.mark.parametrize(
+    ("keep", "counts"),
+    [
+        ([1.0, 0.5, 0], [100, 50, 0]),
+        ([0.0, 64, 1], [0, 64, 1]),
+        ("1.0,0.5,0", [100, 50, 0]),
+        ((0.25, 0.25, 200), [25, 25, 100]),
+    ],
+)
+def test_one_number_per_layer(keep, counts):
+    resolved = resolve_keep(keep, 3)
+    assert [resolved.count(layer, 100) for layer in range(3)] == counts
+
+
+def test_schedule_is_used_only_without_keep():
+    schedule = [0.1, 0.2, 0.3]
+    assert resolve_keep(None, 3, schedule).values == (0.1, 0.2, 0.3)
+    assert resolve_keep(0.5, 3, schedule).values == (0.5, 0.5, 0.5)
+
+
+def test_layers_that_choose():
+    resolved = resolve_keep([0, 0.0, 1.0, 0.5, 8], 5)
+    assert [resolved.chooses(layer) for layer in range(5)] == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        None,
+        True,
+        [True, 0.5, 0.5],
+        0,
+        0.0,
+        -1,
+        -0.5,
+        2.5,
+        float("nan"),
+        float("inf"),
+        "nan",
+        "inf",
+        "",
+        "a",
+        "0.5,",
+        "0.5,0.5",
+        "50%",
+        [0.5, 0.5],
+        [0.5, 0.5, -0.1],
+        [0.5, 0.5, None],
+        [0.5, 0.5, 1.5],
+        [0.5, 0.5, "0.5"],
+        {},
+        b"1",
+        object(),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(keep):
+    with pytest.raises(AlvtsError) as error:
+        resolve_keep(keep, 3)
+    assert "\n" not in str(error.value)

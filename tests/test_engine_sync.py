@@ -1,0 +1,131 @@
+"""The layer loop never waits for the device: nothing in it reads a tensor on the host."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tiny import FAMILIES, Prompt, make_inputs, make_model, make_selectors, one_image
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alvts_cli import attach
+from alvts_cli.engine import attach_scorer
+
+READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal")
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses operators that wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().split(".")[0] in READS:
+            raise AssertionError(f"{func.name()} in the layer loop")
+        # A bool mask as an index needs the number of its True values on the host.
+        if func.name().startswith("aten::index.Tensor") and any(
+            t is not None and t.dtype == torch.bool for t in args[1]
+        ):
+            raise AssertionError("a bool index in the layer loop")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_reads_in_layers(model):
+    """Watch from the first layer's first hook to the last layer's last."""
+    watch = NoReads()
+    first, last = model.model.language_model.layers[0], model.model.language_model.layers[-1]
+    handles = [
+        first.register_forward_pre_hook(lambda *_: watch.__enter__() and None, prepend=True),
+        last.register_forward_hook(lambda *_: watch.__exit__(None, None, None)),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_reads_in_prefill_and_decode(family, attn):
+    model = make_model(family, attn)
+    size = one_image(family).images
+    for inputs in (
+        make_inputs(model, one_image(family)),
+        make_inputs(model, one_image(family), Prompt([1, 5, 6], size), Prompt([1, 7, 8, 9])),
+    ):
+        with (
+            attach(model, make_selectors(causal=True), [1.0, 0.25, 0, 5]),
+            no_reads_in_layers(model),
+        ):
+            model.generate(**inputs, max_new_tokens=3, do_sample=False)
+
+
+def test_the_watch_sees_a_read():
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+
+    class Reading:
+        def importance(self, layer_index, layer, hidden, plan, layer_kwargs):
+            return hidden.sum(-1) * hidden.sum().item()
+
+    caught = pytest.raises(AssertionError, match="_local_scalar_dense")
+    with torch.no_grad(), attach_scorer(model, Reading(), 0.25), no_reads_in_layers(model):
+        with caught:
+            model(**inputs)
+        # The last layer's hook, which ends the watch, was not reached.
+        torch.utils._python_dispatch._pop_mode()
+
+
+def test_decode_of_one_sample_reads_nothing_at_all():
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    with torch.no_grad(), attach(model, make_selectors(), 0.25):
+        cache = model(**inputs).past_key_values
+        # With an attention_mask transformers itself looks whether anything is padded.
+        with NoReads():
+            model(
+                input_ids=torch.tensor([[7]]),
+                position_ids=torch.tensor([[28]]),
+                past_key_values=cache,
+            )
+
+
+def test_another_method_is_one_class_with_one_method():
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    seen = []
+
+    class LastTokens:
+        """Keeps the visual tokens nearest to the question."""
+
+        def importance(self, layer_index, layer, hidden, plan, layer_kwargs):
+            seen.append((layer_index, id(plan), hidden.shape))
+            positions = torch.arange(hidden.shape[1]).float().expand_as(plan.visual)
+            return positions.masked_fill(~plan.visual, -torch.inf)
+
+    taken = []
+    with torch.no_grad(), attach_scorer(model, LastTokens(), [1.0, 4, 0, 4]) as attachment:
+        handle = model.model.language_model.layers[1].register_forward_pre_hook(
+            lambda m, args: taken.append(args[0])
+        )
+        model(**inputs)
+        handle.remove()
+        assert attachment.last.kept == ((16,), (4,), (0,), (4,))
+    assert [layer for layer, _, _ in seen] == [1, 3]
+    assert len({plan for _, plan, _ in seen}) == 1
+    assert taken[0].shape[1] == 12 + 4
+
+
+def test_phases_are_entered_in_order():
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    names = []
+
+    @contextmanager
+    def phase(name):
+        names.append(name)
+        yield
+
+    with torch.no_grad(), attach(model, make_selectors(), [1.0, 0.25, 1.0, 1.0]) as attachment:
+        attachment.phase = phase
+        model(**inputs)
+    assert [n for i, n in enumerate(names) if n not in names[:i]] == ["score", "select", "merge"]

@@ -1,0 +1,237 @@
+"""Tiny random models of every family and valid inputs for them, without files or a processor."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    MistralConfig,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from alvts_cli.engine import LayerSelector
+
+torch.set_num_threads(1)
+
+LAYERS = 4
+WIDTH = 32
+IMAGE, VIDEO, VISION_START, PAD = 90, 91, 92, 0
+FAMILIES = ("llava", "llava_next", "llava_next_mistral", "qwen2_5_vl")
+
+_TEXT: dict[str, Any] = dict(
+    vocab_size=100,
+    hidden_size=WIDTH,
+    intermediate_size=48,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=PAD,
+)
+
+
+def make_model(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
+    """A model in eval mode with the same random weights at every call.
+
+    Weights are spread wider than a fresh model's, so that attention is far from uniform and
+    different tokens give clearly different outputs.
+    """
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+    )
+    special = dict(image_token_id=IMAGE, tie_word_embeddings=False)
+    if family == "llava":
+        text = LlamaConfig(**_TEXT)
+        model = LlavaForConditionalGeneration(
+            LlavaConfig(vision_config=vision, text_config=text, **special)
+        )
+    elif family in ("llava_next", "llava_next_mistral"):
+        text = (
+            LlamaConfig(**_TEXT)
+            if family == "llava_next"
+            else MistralConfig(**_TEXT, head_dim=12, sliding_window=None)
+        )
+        model = LlavaNextForConditionalGeneration(
+            LlavaNextConfig(
+                vision_config=vision,
+                text_config=text,
+                image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
+                **special,
+            )
+        )
+    elif family == "qwen2_5_vl":
+        model = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(
+                text_config=dict(
+                    **_TEXT,
+                    rope_parameters=dict(
+                        rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2]
+                    ),
+                ),
+                vision_config=dict(
+                    depth=2,
+                    hidden_size=16,
+                    intermediate_size=24,
+                    num_heads=2,
+                    patch_size=4,
+                    spatial_merge_size=2,
+                    temporal_patch_size=2,
+                    window_size=16,
+                    fullatt_block_indexes=[1],
+                    out_hidden_size=WIDTH,
+                    in_channels=3,
+                ),
+                video_token_id=VIDEO,
+                vision_start_token_id=VISION_START,
+                **special,
+            )
+        )
+    else:
+        raise ValueError(family)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name and parameter.dim() == 1 and name.endswith("weight"):
+                parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
+            elif "language_model" in name or "lm_head" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.25)
+            else:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+    model.set_attn_implementation(attn)
+    # An end token would end the generations of the tests at random, and a generated image token
+    # would be taken for a visual one when a test recomputes the whole sequence.
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = PAD
+    model.generation_config.suppress_tokens = [PAD, IMAGE, VIDEO, VISION_START]
+    return model.to(dtype).eval()
+
+
+@dataclass
+class Selectors:
+    """What an artifact offers to `attach`."""
+
+    layers: list[LayerSelector | None]
+    causal: bool = False
+    default_keep: float = 0.25
+    schedule: list[float] | None = None
+
+
+def make_selectors(rank: int = 3, causal: bool = False, **more: Any) -> Selectors:
+    """Random selectors that rank tokens very differently from layer to layer."""
+    generator = torch.Generator().manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    layers: list[LayerSelector | None] = [
+        LayerSelector(random(rank, WIDTH) * 0.4, random(rank, WIDTH) * 0.4, random(rank), 1e-6)
+        for _ in range(LAYERS)
+    ]
+    return Selectors(layers, causal, **more)
+
+
+@dataclass
+class Prompt:
+    """One sample: `text` ids with images put among them.
+
+    `images` are (height, width) in pixels; LLaVA takes 16 x 16 only. `at` says before which text
+    token each image stands. `videos` (Qwen only) are (frames, height, width), after the images.
+    """
+
+    text: list[int]
+    images: list[tuple[int, int]] = field(default_factory=list)
+    at: int = 2
+    videos: list[tuple[int, int, int]] = field(default_factory=list)
+    seed: int = 0
+
+
+def image_tokens(model: Any, size: tuple[int, int]) -> int:
+    """Visual tokens of an image, by asking the model for its features."""
+    prompt = Prompt([1], [size])
+    pixels = _pixels(model, [prompt])
+    with torch.no_grad():
+        features = model.model.get_image_features(**pixels, return_dict=True).pooler_output
+    return sum(len(f) for f in features)
+
+
+def _pixels(model: Any, prompts: list[Prompt]) -> dict[str, torch.Tensor]:
+    """What stands for pixels in the inputs, for all images of all prompts."""
+    family = model.config.model_type
+    rows, sizes, video_rows, video_sizes = [], [], [], []
+    for prompt in prompts:
+        generator = torch.Generator().manual_seed(prompt.seed)
+        for height, width in prompt.images:
+            if family == "llava":
+                rows.append(torch.randn(1, 3, height, width, generator=generator))
+            elif family == "llava_next":
+                # One whole picture and the tiles of the best fitting grid.
+                tiles = 1 + (height // 16) * (width // 16)
+                rows.append(torch.randn(1, tiles, 3, 16, 16, generator=generator))
+                sizes.append([height, width])
+            else:
+                grid = [1, height // 4, width // 4]
+                patches = grid[1] * grid[2]
+                rows.append(torch.randn(patches, 3 * 2 * 4 * 4, generator=generator))
+                sizes.append(grid)
+        for frames, height, width in prompt.videos:
+            grid = [frames // 2, height // 4, width // 4]
+            patches = grid[0] * grid[1] * grid[2]
+            video_rows.append(torch.randn(patches, 3 * 2 * 4 * 4, generator=generator))
+            video_sizes.append(grid)
+    result = {}
+    if rows and family == "llava_next":
+        most = max(row.shape[1] for row in rows)
+        rows = [
+            torch.nn.functional.pad(row, (0, 0, 0, 0, 0, 0, 0, most - row.shape[1])) for row in rows
+        ]
+    if rows:
+        result["pixel_values"] = torch.cat(rows).to(model.dtype)
+    if sizes:
+        key = "image_sizes" if family == "llava_next" else "image_grid_thw"
+        result[key] = torch.tensor(sizes)
+    if video_rows:
+        result["pixel_values_videos"] = torch.cat(video_rows).to(model.dtype)
+        result["video_grid_thw"] = torch.tensor(video_sizes)
+    return result
+
+
+def make_inputs(model: Any, *prompts: Prompt) -> dict[str, torch.Tensor]:
+    """Inputs of a left-padded batch, as a processor would make them."""
+    # Qwen marks where a picture starts, and counts the pictures of a prompt by that.
+    start = [VISION_START] if model.config.model_type == "qwen2_5_vl" else []
+    rows = []
+    for prompt in prompts:
+        ids = list(prompt.text[: prompt.at])
+        for i, size in enumerate(prompt.images):
+            ids += start + [IMAGE] * image_tokens(model, size)
+            ids += prompt.text[prompt.at + i : prompt.at + i + 1]
+        for frames, height, width in prompt.videos:
+            ids += start + [VIDEO] * (frames // 2 * (height // 8) * (width // 8))
+        rows.append(ids + list(prompt.text[prompt.at + len(prompt.images) :]))
+    longest = max(map(len, rows))
+    input_ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    inputs = {"input_ids": input_ids, "attention_mask": mask, **_pixels(model, list(prompts))}
+    if model.config.model_type == "qwen2_5_vl":
+        inputs["mm_token_type_ids"] = (input_ids == IMAGE).int() + 2 * (input_ids == VIDEO).int()
+    return inputs
+
+
+def one_image(family: str, seed: int = 0) -> Prompt:
+    """A prompt with one image of the family's usual size, 12 text tokens."""
+    size = {"llava": (16, 16), "qwen2_5_vl": (32, 48)}.get(family, (32, 32))
+    return Prompt([1, 5, 9, 12, 33, 47, 51, 60, 71, 72, 80, 3], [size], seed=seed)
