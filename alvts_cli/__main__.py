@@ -1,0 +1,5 @@
+"""`python -m alvts_cli` is `alvts`."""
+
+from .cli import main
+
+main()

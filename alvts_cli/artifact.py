@@ -1,0 +1,410 @@
+"""The file that calibration writes and every other command reads: one `.safetensors`.
+
+Tensors: `layers.{i}.query` and `layers.{i}.key` `[R, D]`, `layers.{i}.query_bias` `[R]` float32
+where the model has a query bias, all folded (see `engine.scoring`), and `fingerprint`
+`[L, 2, 16]` float32. Query and key are in the dtype the model was calibrated in: `attach` casts to
+the model's dtype anyway, so float32 for a bfloat16 model would only double the file.
+
+Metadata: one key, `alvts`, with a JSON object (safetensors writes several keys in random order, and
+the same calibration must give the same bytes). Nothing is ever unpickled.
+"""
+
+import json
+import os
+import warnings
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from .engine.keep import resolve_keep
+from .engine.scoring import LayerSelector
+from .errors import AlvtsError
+from .families import family_of
+
+FORMAT = 1
+"""Raised when an older alvts would misread the file. A new key it may ignore is no reason."""
+
+_VALUES = 16
+"""Values of each weight in the fingerprint."""
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """How well a layer's selector does on the samples that were not fitted.
+
+    The loss is the objective that was fitted; recall is the share of the `k` tokens chosen by the
+    layer's full attention that the selector chooses too. `before` is the initialisation alone.
+    """
+
+    loss_before: float
+    loss_after: float
+    recall_before: float
+    recall_after: float
+
+
+@dataclass(frozen=True)
+class CalibrationRecord:
+    """Where the selectors come from.
+
+    Attributes:
+        data: in words.
+        fitted: number of samples fitted on.
+        held_out: number of other samples, on which `layers` was measured.
+        sample_ids: SHA-256 of the ids of all samples in the order of use.
+        settings: what was asked for, the seed and the keep ratio of `recall` among it.
+        versions: of python packages.
+        layers: one entry per layer.
+    """
+
+    data: str
+    fitted: int
+    held_out: int
+    sample_ids: str
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    layers: tuple[LayerFit, ...]
+
+    @property
+    def mean(self) -> LayerFit:
+        """The mean over layers."""
+        count = len(self.layers)
+        return LayerFit(
+            *(sum(getattr(fit, f.name) for fit in self.layers) / count for f in fields(LayerFit))
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """The fitted selectors of one model; what `attach` takes.
+
+    Attributes:
+        layers: one selector per decoder layer, on the CPU.
+        causal: whether they were fitted with causal rows (see `engine.scoring.importance`).
+        default_keep: ratio used when the user names none.
+        schedule: one ratio per layer, or None for the same everywhere.
+        model_id: hub id, name or folder of the base model.
+        revision: its commit on the hub, where known.
+        family: name of the architecture.
+        fingerprint: float32 `[L, 2, 16]`, some values of every query and key projection.
+        calibration: where all this comes from.
+    """
+
+    layers: tuple[LayerSelector, ...]
+    causal: bool
+    default_keep: float
+    schedule: list[float] | None
+    model_id: str
+    revision: str | None
+    family: str
+    fingerprint: Tensor
+    calibration: CalibrationRecord
+
+    @property
+    def rank(self) -> int:
+        """`R`."""
+        return self.layers[0].key.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """`D`."""
+        return self.layers[0].key.shape[1]
+
+    def check_model(self, model: Any, model_id: str | None = None) -> None:
+        """Refuse any other model than the one the selectors were fitted for.
+
+        The same weights in another float dtype pass.
+
+        Args:
+            model: a loaded model.
+            model_id: its name, for the message.
+
+        Raises:
+            AlvtsError: another model; an unknown architecture; quantised or offloaded weights.
+        """
+        name = model_id or getattr(model.config, "_name_or_path", "") or "this model"
+        mine = f"{len(self.layers)} layers of width {self.hidden_size}"
+        family = family_of(model)
+        config: Any = family.text_model(model).config
+        its = f"{len(family.layers(model))} layers of width {config.hidden_size}"
+        made_for = f"the selectors were made for {self.model_id}"
+        if its != mine:
+            raise AlvtsError(f"{made_for} ({mine}), not for {name} ({its})")
+        values = fingerprint(model)
+        if values.shape != self.fingerprint.shape or not torch.allclose(
+            # bfloat16 rounds by up to 0.4 %; float16 by 3e-8 where values are tiny.
+            values,
+            self.fingerprint,
+            rtol=0.01,
+            atol=1e-6,
+        ):
+            raise AlvtsError(f"{made_for}; the weights of {name} are others")
+
+
+def fingerprint(model: Any) -> Tensor:
+    """float32 `[L, 2, 16]` on the CPU: values at even strides of every layer's W_q and W_k.
+
+    Raises:
+        AlvtsError: an unknown architecture; weights that cannot be read.
+    """
+    family = family_of(model)
+    config = family.text_model(model).config
+    rows = []
+    for layer in family.layers(model):
+        projections = family.query_key(layer, config)
+        for weight in (projections.w_q, projections.w_k):
+            if weight.is_meta:
+                raise AlvtsError("part of the model is offloaded; load it whole")
+            flat = weight.detach().flatten()
+            index = torch.linspace(0, flat.numel() - 1, _VALUES, dtype=torch.float64).long()
+            rows.append(flat[index.to(flat.device)].float().cpu())
+    return torch.stack(rows).unflatten(0, (-1, 2))
+
+
+def save_artifact(artifact: Artifact, path: Path) -> None:
+    """Write the file, whole or not at all.
+
+    Raises:
+        AlvtsError: a value is not finite, or the file cannot be written.
+    """
+    tensors = {"fingerprint": artifact.fingerprint}
+    for i, selector in enumerate(artifact.layers):
+        tensors |= pack_layer(f"layers.{i}.", selector)
+    _check_finite(tensors, path)
+    record = artifact.calibration
+    metadata = {
+        "format": FORMAT,
+        "model": artifact.model_id,
+        "revision": artifact.revision,
+        "family": artifact.family,
+        "num_layers": len(artifact.layers),
+        "hidden_size": artifact.hidden_size,
+        "rank": artifact.rank,
+        "causal": artifact.causal,
+        "default_keep": artifact.default_keep,
+        "schedule": artifact.schedule,
+        "norm_eps": [selector.eps for selector in artifact.layers],
+        # The means are stored for readers of the file that are not alvts.
+        "calibration": {**asdict(record), "mean": asdict(record.mean)},
+    }
+    text = json.dumps(metadata, sort_keys=True, allow_nan=False)
+    write_whole(path, save(tensors, metadata={"alvts": text}))
+
+
+def load_artifact(path: Path) -> Artifact:
+    """Read and check a file. Its tensors are copies: the file is neither mapped nor locked.
+
+    Raises:
+        AlvtsError: no such file, not safetensors, cut short, not ours, a newer format, missing or
+            misshapen tensors, values that are not finite.
+    """
+    data = _read(path)
+    metadata = _metadata(data, path)
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise AlvtsError(f"{path} is damaged: {_first_line(error)}") from error
+    layers = tuple(
+        _unpack_checked(tensors, i, eps, metadata, path)
+        for i, eps in enumerate(metadata["norm_eps"])
+    )
+    values = tensors.pop("fingerprint", None)
+    if values is None or values.shape != (len(layers), 2, _VALUES):
+        raise AlvtsError(f"{path} is incomplete: its fingerprint is missing or misshapen")
+    _check_finite({"fingerprint": values}, path)
+    unknown = sorted((metadata.keys() - _KEYS) | tensors.keys())
+    if unknown:
+        warnings.warn(
+            f"{path} holds things this alvts does not know: {', '.join(unknown)}", stacklevel=2
+        )
+    return Artifact(
+        layers=layers,
+        causal=metadata["causal"],
+        default_keep=metadata["default_keep"],
+        schedule=metadata["schedule"],
+        model_id=metadata["model"],
+        revision=metadata["revision"],
+        family=metadata["family"],
+        fingerprint=values.float(),
+        calibration=_record(metadata["calibration"], path),
+    )
+
+
+def pack_layer(prefix: str, selector: LayerSelector) -> dict[str, Tensor]:
+    """A layer's tensors under their names in the file."""
+    tensors = {f"{prefix}query": selector.query, f"{prefix}key": selector.key}
+    if selector.query_bias is not None:
+        tensors[f"{prefix}query_bias"] = selector.query_bias
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def unpack_layer(prefix: str, tensors: dict[str, Tensor], eps: float) -> LayerSelector:
+    """The inverse of `pack_layer`; takes the tensors out of `tensors`.
+
+    Raises:
+        KeyError: the query or the key is not there.
+    """
+    return LayerSelector(
+        query=tensors.pop(f"{prefix}query"),
+        key=tensors.pop(f"{prefix}key"),
+        query_bias=tensors.pop(f"{prefix}query_bias", None),
+        eps=eps,
+    )
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file, or leave what was there (nothing, or the old file) as it was.
+
+    Raises:
+        AlvtsError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise AlvtsError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def check_writable(path: Path) -> None:
+    """Find out before a long run whether `write_whole(path, ...)` will do.
+
+    Raises:
+        AlvtsError: it will not.
+    """
+    if path.is_dir():
+        raise AlvtsError(f"cannot write {path}: it is a folder; name a file")
+    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        probe.touch()
+    except OSError as error:
+        raise AlvtsError(f"cannot write {path}: {error.strerror or error}") from error
+    probe.unlink()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise AlvtsError(f"there is no selector file {path}") from None
+    except OSError as error:
+        raise AlvtsError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _metadata(data: bytes, path: Path) -> dict[str, Any]:
+    """The checked metadata of a safetensors file: length (8 bytes), JSON header, tensors."""
+    length = int.from_bytes(data[:8], "little")
+    body = data[8:]
+    if len(data) < 9 or body[:1] != b"{" or length > 100_000_000:
+        raise AlvtsError(f"{path} is not a safetensors file")
+    cut = AlvtsError(f"{path} is cut short; copy or make it again")
+    if len(body) < length:
+        raise cut
+    try:
+        header = json.loads(body[:length])
+        meta = header.pop("__metadata__", {})
+        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        text = meta.get("alvts")
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
+        raise AlvtsError(f"{path} is not a safetensors file") from None
+    if len(body) - length < end:
+        raise cut
+    if text is None:
+        raise AlvtsError(f"{path} is a safetensors file but does not hold alvts selectors")
+    try:
+        metadata = json.loads(text)
+        version = metadata["format"]
+    except (ValueError, TypeError, KeyError):
+        raise AlvtsError(f"the metadata of {path} cannot be read") from None
+    if not isinstance(version, int) or version > FORMAT:
+        raise AlvtsError(
+            f"{path} has format {version}, this alvts reads up to {FORMAT}; upgrade alvts"
+        )
+    return _check_metadata(metadata, path)
+
+
+_KEYS: dict[str, tuple[type, ...]] = {
+    "format": (int,),
+    "model": (str,),
+    "revision": (str, type(None)),
+    "family": (str,),
+    "num_layers": (int,),
+    "hidden_size": (int,),
+    "rank": (int,),
+    "causal": (bool,),
+    "default_keep": (float, int),
+    "schedule": (list, type(None)),
+    "norm_eps": (list,),
+    "calibration": (dict,),
+}
+
+
+def _check_metadata(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
+    for key, types in _KEYS.items():
+        if not isinstance(metadata.get(key), types) or key not in metadata:
+            raise AlvtsError(f"the metadata of {path} has no valid {key!r}")
+    layers = metadata["num_layers"]
+    eps = metadata["norm_eps"]
+    if layers < 1 or len(eps) != layers or not all(isinstance(e, float) for e in eps):
+        raise AlvtsError(f"the metadata of {path} has no valid 'norm_eps'")
+    try:
+        resolve_keep(metadata["default_keep"], layers)
+        resolve_keep(metadata["schedule"] or [1.0] * layers, layers)
+    except AlvtsError as error:
+        raise AlvtsError(f"the metadata of {path} is invalid: {error}") from None
+    return metadata
+
+
+def _unpack_checked(
+    tensors: dict[str, Tensor], i: int, eps: float, metadata: dict[str, Any], path: Path
+) -> LayerSelector:
+    prefix = f"layers.{i}."
+    try:
+        selector = unpack_layer(prefix, tensors, eps)
+    except KeyError as error:
+        raise AlvtsError(f"{path} is incomplete: it lacks the tensor {error}") from None
+    rank, width = metadata["rank"], metadata["hidden_size"]
+    named = pack_layer(prefix, selector)
+    for name, tensor in named.items():
+        expected = (rank,) if name.endswith("bias") else (rank, width)
+        if tensor.shape != expected or not tensor.is_floating_point():
+            raise AlvtsError(
+                f"{path} is damaged: {name} is {tensor.dtype} {list(tensor.shape)}, "
+                f"not floats {list(expected)}"
+            )
+    _check_finite(named, path)
+    return selector
+
+
+def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise AlvtsError(f"{path}: the tensor {name} holds values that are not finite")
+
+
+def _record(record: dict[str, Any], path: Path) -> CalibrationRecord:
+    """The record; what a newer alvts added to it is left out."""
+    try:
+        known = {f.name: record[f.name] for f in fields(CalibrationRecord)}
+        fits = [
+            LayerFit(**{f.name: float(fit[f.name]) for f in fields(LayerFit)})
+            for fit in known.pop("layers")
+        ]
+        return CalibrationRecord(**known, layers=tuple(fits))
+    except (KeyError, TypeError, ValueError):
+        raise AlvtsError(f"the metadata of {path} has no valid 'calibration'") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]

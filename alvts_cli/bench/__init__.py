@@ -1,0 +1,10 @@
+"""Measuring dense against selective generation, side by side in one process.
+
+- `timing`     one generation, with its phases timed
+- `inputs`     a prompt of a wanted size, without a processor
+- `measure`    dense and selective runs in turn
+- `statistics` medians, quartiles, the interval of a ratio
+- `metrics`    the figures by name, and gates on them
+- `report`     the table and the JSON file
+- `baseline`   comparing with an earlier JSON file
+"""

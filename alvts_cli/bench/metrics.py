@@ -1,0 +1,125 @@
+"""The figures of a benchmark by name, and gates on them.
+
+A gate is `name OP number`, such as `prefill_speedup>=2`. No torch here: gates are read before
+anything heavy is loaded.
+"""
+
+import math
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from ..errors import AlvtsError
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure.
+
+    Attributes:
+        about: what it is, in a few words.
+        better: 1 when more is better, -1 when less is, 0 when it only describes the prompt.
+        portable: whether it means something on another day: a ratio or a count, not a time.
+    """
+
+    about: str
+    better: int
+    portable: bool
+
+
+METRICS: dict[str, Metric] = {
+    "prefill_speedup": Metric("language model's prefill, dense / selective", 1, True),
+    "ttft_speedup": Metric("time to the first token, dense / selective", 1, True),
+    "decode_speedup": Metric("time per new token, dense / selective", 1, True),
+    "total_speedup": Metric("whole generation, dense / selective", 1, True),
+    "scoring_share": Metric("part of the selective prefill spent on scoring", -1, False),
+    "flops": Metric("decoder and selectors in selective prefill, counted", -1, True),
+    "flops_dense": Metric("decoder in dense prefill, counted", 0, True),
+    "flops_ratio": Metric("flops_dense / flops", 1, True),
+    "kv_bytes": Metric("KV cache after selective prefill, measured", -1, True),
+    "kv_bytes_dense": Metric("KV cache after dense prefill, measured", 0, True),
+    "kv_ratio": Metric("kv_bytes_dense / kv_bytes", 1, True),
+    "visual_tokens": Metric("per sample", 0, True),
+    "visual_tokens_kept": Metric("per sample, mean over layers", -1, True),
+    "text_tokens": Metric("per sample", 0, True),
+    "vision_ms": Metric("vision tower", -1, False),
+    "prefill_ms": Metric("language model's prefill, selective", -1, False),
+    "prefill_ms_dense": Metric("the same, dense", 0, False),
+    "scoring_ms": Metric("selectors, all layers", -1, False),
+    "ttft_ms": Metric("time to the first token, selective", -1, False),
+    "ttft_ms_dense": Metric("the same, dense", 0, False),
+    "decode_ms": Metric("per new token, selective", -1, False),
+    "decode_ms_dense": Metric("the same, dense", 0, False),
+    "total_ms": Metric("whole generation, selective", -1, False),
+    "total_ms_dense": Metric("the same, dense", 0, False),
+}
+
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    "==": operator.eq,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+_GATE = re.compile(r"\s*(\w+)\s*(>=|<=|==|>|<)\s*(\S+)\s*")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A condition on one metric."""
+
+    metric: str
+    sign: str
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.metric}{self.sign}{self.limit:.12g}"
+
+    def check(self, figures: Mapping[str, float]) -> tuple[bool, str]:
+        """Whether it holds, and a line that says so."""
+        value = figures[self.metric]
+        if _COMPARE[self.sign](value, self.limit):
+            return True, f"gate passed: {self}, measured {value:.12g}"
+        return False, (
+            f"gate failed: {self}, measured {value:.12g}, off by {abs(value - self.limit):.6g}"
+        )
+
+
+def parse_gate(text: str) -> Gate:
+    """Read `name OP number`.
+
+    Raises:
+        AlvtsError: another form, or an unknown metric.
+    """
+    match = _GATE.fullmatch(text)
+    if match is None:
+        raise AlvtsError(
+            f"{text!r} is not a gate; write NAME>=NUMBER with >=, <=, ==, > or <, "
+            "such as prefill_speedup>=2"
+        )
+    name, sign, number = match.groups()
+    if name not in METRICS:
+        raise AlvtsError(f"unknown metric {name!r}; known: {', '.join(METRICS)}")
+    try:
+        limit = float(number)
+    except ValueError:
+        limit = math.nan
+    if not math.isfinite(limit):
+        raise AlvtsError(f"{number!r} in the gate {text!r} is not a number")
+    return Gate(name, sign, limit)
+
+
+def parse_share(text: str) -> float:
+    """`10%` or `0.1` as 0.1.
+
+    Raises:
+        AlvtsError: not a number of at least 0.
+    """
+    try:
+        share = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        share = math.nan
+    if not (math.isfinite(share) and share >= 0):
+        raise AlvtsError(f"{text!r} is not a share; write 10% or 0.1")
+    return share

@@ -1,0 +1,181 @@
+"""What is measured: a model, a batch of equal prompts, selectors, and how much they keep."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..artifact import load_artifact
+from ..engine import Keep, Selectors, resolve_keep
+from ..families import family_of
+from ..memory import memory_need, require_memory
+from ..models import cpu_computes_bfloat16, find_selectors, load_model, parse_device, parse_dtype
+from ..prompts import build_inputs, read_image
+from ..shapes import random_model, shape_config
+from .inputs import synthetic_inputs, usual_visual_tokens
+from .selectors import random_selectors
+
+NEW_TOKENS = 16
+"""Tokens of every generation, its end token ignored."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Size of the prompt, per sample."""
+
+    visual_tokens: int
+    text_tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Both kinds."""
+        return self.visual_tokens + self.text_tokens
+
+
+@dataclass(frozen=True)
+class Subject:
+    """All that a measurement needs.
+
+    Attributes:
+        model: in eval mode.
+        inputs: on the model's device, without padding, the same prompt `batch` times.
+        prompt: its size.
+        selectors: of this model.
+        keep: one value per layer.
+        settings: plain values that say what this is, for the report.
+    """
+
+    model: Any
+    inputs: dict[str, Tensor]
+    prompt: Prompt
+    selectors: Selectors
+    keep: Keep
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the user asks for.
+
+    Attributes:
+        name: of the model.
+        selectors: file of fitted ones, or None for those that are found or made up.
+        keep: as `resolve_keep` reads it; None for what the selectors say.
+        batch: equal prompts at once.
+        visual_tokens, text_tokens: of a made-up prompt, as in `synthetic_inputs`.
+        device, dtype: as in `load_model`.
+    """
+
+    name: str
+    selectors: Path | None
+    keep: str | None
+    batch: int
+    visual_tokens: int | None
+    text_tokens: int
+    device: str
+    dtype: str | None
+
+
+def random_subject(wanted: Wanted, layers: int | None, say: Callable[[str], None]) -> Subject:
+    """A known model's shape with random weights and, unless a file is named, random selectors.
+
+    Args:
+        wanted: with the name of a known model.
+        layers: decoder layers to cut it to, or None for all.
+        say: told the memory need before anything is built.
+
+    Raises:
+        AlvtsError: an unknown name, too little memory, or what `synthetic_inputs` and
+            `resolve_keep` refuse.
+    """
+    place = parse_device(wanted.device)
+    if wanted.dtype is not None:
+        precision = parse_dtype(wanted.dtype)
+    elif place.type == "cpu" and not cpu_computes_bfloat16():
+        precision = torch.float32
+    else:
+        precision = torch.bfloat16
+    config = shape_config(wanted.name, layers)
+    visual = wanted.visual_tokens or usual_visual_tokens(config)
+    tokens = visual + wanted.text_tokens + NEW_TOKENS
+    need = memory_need(config, precision, tokens, wanted.batch)
+    say(require_memory(wanted.name, need, place))
+    model = random_model(config, precision, place)
+    inputs = synthetic_inputs(model, wanted.batch, wanted.visual_tokens, wanted.text_tokens)
+    selectors: Selectors = random_selectors(model)
+    if wanted.selectors is not None:
+        selectors = _fitted(wanted.selectors, model, wanted.name)
+    origin = "random" if wanted.selectors is None else str(wanted.selectors)
+    return _subject(wanted, model, inputs, selectors, origin, True, layers is not None)
+
+
+def loaded_subject(wanted: Wanted, images: Sequence[Path], prompt: str) -> Subject:
+    """A model as it is, with its selectors; the prompt is made up where there are no images.
+
+    Raises:
+        AlvtsError: whatever of all this cannot be had.
+    """
+    pictures = [read_image(path) for path in images]
+    loaded = load_model(wanted.name, wanted.device, wanted.dtype)
+    model = loaded.model
+    path = wanted.selectors or find_selectors(loaded)
+    selectors = _fitted(path, model, wanted.name)
+    if pictures:
+        longest = model.config.text_config.max_position_embeddings - NEW_TOKENS
+        one = build_inputs(loaded.processor, pictures, prompt, longest)
+        one = one.to(model.device, model.dtype)
+        inputs = {key: torch.cat([value] * wanted.batch) for key, value in one.items()}
+    else:
+        inputs = synthetic_inputs(model, wanted.batch, wanted.visual_tokens, wanted.text_tokens)
+    return _subject(wanted, model, inputs, selectors, str(path), False, False)
+
+
+def rank_of(selectors: Selectors) -> int:
+    """`R`, the largest where layers differ; 0 without any selector."""
+    return max((layer.key.shape[0] for layer in selectors.layers if layer is not None), default=0)
+
+
+def _fitted(path: Path, model: Any, name: str) -> Selectors:
+    artifact = load_artifact(path)
+    artifact.check_model(model, name)
+    return artifact
+
+
+def _subject(
+    wanted: Wanted,
+    model: Any,
+    inputs: dict[str, Tensor],
+    selectors: Selectors,
+    origin: str,
+    random_weights: bool,
+    cut: bool,
+) -> Subject:
+    """Put the parts together and say what they are."""
+    family = family_of(model)
+    visual = int(family.visual_mask(model, inputs["input_ids"])[0].sum())
+    prompt = Prompt(visual, inputs["input_ids"].shape[1] - visual)
+    depth = len(family.layers(model))
+    keep = wanted.keep
+    if keep is None and selectors.schedule is None:
+        keep = str(selectors.default_keep)
+    resolved = resolve_keep(keep, depth, selectors.schedule)
+    alike = len(set(resolved.values)) == 1
+    settings = {
+        "model": wanted.name,
+        "random_weights": random_weights,
+        "layers": depth,
+        "cut": cut,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "batch": wanted.batch,
+        "visual_tokens": prompt.visual_tokens,
+        "text_tokens": prompt.text_tokens,
+        "new_tokens": NEW_TOKENS,
+        "keep": resolved.values[0] if alike else list(resolved.values),
+        "selectors": origin,
+        "rank": rank_of(selectors),
+    }
+    return Subject(model, inputs, prompt, selectors, resolved, settings)

@@ -1,0 +1,122 @@
+"""The `alvts` command: a flat table of sub-commands, and the one place where errors end.
+
+Whatever goes wrong leaves one line on stderr and an exit code: 1 for a failure, 2 for a command
+line that makes no sense, 130 for Ctrl-C. torch is imported inside the commands, so that
+`alvts --help` answers at once.
+"""
+
+import os
+import sys
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from . import __version__
+from .commands.bench import EPILOG, bench
+from .commands.calibrate import calibrate
+from .commands.info import info
+from .commands.models import models
+from .commands.pocket import pocket
+from .commands.run import run
+from .errors import AlvtsError
+
+
+class _Commands(TyperGroup):
+    """A group that ends in one line instead of a traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command line, then exit the process with its code."""
+        try:
+            code = super().main(*args, **{**kwargs, "standalone_mode": False})
+            # Here, where a full disk can still be reported.
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader, such as `head`, has had enough; nothing is left to be flushed at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except Exception as error:
+            if os.environ.get("ALVTS_DEBUG") == "1":
+                raise
+            _end(*_explain(error))
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that the line names."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _end("interrupted", 130)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """One line about `error`, and the exit code."""
+    if isinstance(error, AlvtsError):
+        return str(error), 1
+    # Of typer, which has moved the class between its modules.
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):
+        return error.format_message(), error.exit_code
+    line = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError)
+        and ("out of memory" in line or "can't allocate memory" in line)
+    ):
+        return "out of memory; try a smaller model, batch or image, or --dtype bfloat16", 1
+    if isinstance(error, OSError):
+        about = f"{error.filename}: " if error.filename else ""
+        return f"{about}{error.strerror or line or type(error).__name__}", 1
+    return (
+        f"unexpected {type(error).__name__}: {line[:200]} (this is a bug; set ALVTS_DEBUG=1 "
+        "for the traceback)"
+    ), 1
+
+
+def _end(message: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="alvts",
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Adaptive layer-wise visual token selection for vision-language models.",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"alvts {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def _common(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+    # Read when transformers is imported, by the command that needs it.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+
+
+app.command()(run)
+app.command(epilog=EPILOG)(bench)
+app.command()(calibrate)
+app.command()(info)
+app.command()(models)
+app.add_typer(pocket, name="pocket")
+
+
+def main() -> None:
+    """Entry point of the `alvts` script."""
+    app(prog_name="alvts")

@@ -1,0 +1,1 @@
+"""The commands, one file each: options in, text out. The work is done elsewhere."""

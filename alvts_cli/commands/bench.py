@@ -1,0 +1,171 @@
+"""`alvts bench`: dense against selective, side by side in one run."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..bench.metrics import METRICS, Gate, parse_gate, parse_share
+from ..errors import AlvtsError
+from .options import (
+    DeviceOption,
+    DTypeOption,
+    KeepOption,
+    ModelOption,
+    SelectorsOption,
+    check_keep,
+)
+
+TEXT_TOKENS = 64
+
+EPILOG = "Metrics for --gate: " + "; ".join(
+    f"{name} ({metric.about})" for name, metric in METRICS.items()
+)
+
+
+def bench(
+    model: ModelOption = "pocket",
+    selectors: SelectorsOption = None,
+    keep: KeepOption = None,
+    batch: Annotated[int, typer.Option(min=1, help="Equal prompts at once.")] = 1,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Bench on this image (repeatable), with --prompt.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="Bench on these words.")] = None,
+    visual_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Without --image: visual tokens; default: one large image."),
+    ] = None,
+    text_tokens: Annotated[
+        int | None, typer.Option(min=2, help=f"Without --image: default {TEXT_TOKENS}.")
+    ] = None,
+    runs: Annotated[int, typer.Option(min=1, help="Timed pairs of dense and selective.")] = 10,
+    random_weights: Annotated[
+        bool,
+        typer.Option("--random-weights", help="A known model's true shape, without a download."),
+    ] = False,
+    layers: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --random-weights: only so many decoder layers."),
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write everything measured here.")
+    ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Fail unless this holds, such as "prefill_speedup>=2" (repeatable); with '
+            ">=, <=, ==, > or <."
+        ),
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="Fail if worse than this --json file of an earlier run.")
+    ] = None,
+    max_regression: Annotated[
+        str | None,
+        typer.Option(help="How much worse ratios and counts may be; default 10%."),
+    ] = None,
+) -> None:
+    """Time dense and selective generation in turn, and count tokens, FLOPs and cache.
+
+    Without --image the prompt is made up, of the family's usual size. A failed gate and a
+    regression exit with 1.
+    """
+    gates, tolerance = _conditions(gate, baseline, max_regression)
+    check_keep(keep)
+    _check_together(image, prompt, visual_tokens, text_tokens, random_weights, layers)
+
+    import json
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ..artifact import check_writable, write_whole
+    from ..bench.baseline import check_comparable, read_baseline, regressions
+    from ..bench.measure import measure
+    from ..bench.report import environment, to_json, to_table
+    from ..bench.subject import Wanted, loaded_subject, random_subject
+
+    before = None if baseline is None else read_baseline(baseline)
+    if json_file is not None:
+        check_writable(json_file)
+    words = Console(stderr=True, soft_wrap=True)
+    wanted = Wanted(
+        name=model,
+        selectors=selectors,
+        keep=keep,
+        batch=batch,
+        visual_tokens=visual_tokens,
+        text_tokens=text_tokens or TEXT_TOKENS,
+        device=device,
+        dtype=dtype,
+    )
+    if random_weights:
+        subject = random_subject(wanted, layers, say=words.print)
+    else:
+        subject = loaded_subject(wanted, image or [], prompt or "")
+    if before is not None:
+        check_comparable(before, subject.settings)
+
+    with Progress(console=words, transient=True) as progress:
+        task = progress.add_task("measuring", total=2 * (runs + 1))
+        result = measure(subject, runs, on_run=lambda: progress.advance(task))
+    surroundings = environment(subject.model)
+    Console().print(to_table(result, subject.settings, surroundings))
+    if json_file is not None:
+        text = json.dumps(to_json(result, subject.settings, surroundings), indent=1)
+        write_whole(json_file, f"{text}\n".encode())
+
+    checked = [condition.check(result.figures) for condition in gates]
+    lines = [line for _, line in checked]
+    worse = [] if before is None else regressions(before, result.figures, tolerance)
+    if before is not None:
+        lines += worse or [f"no regression against {baseline}"]
+    for line in lines:
+        print(line)
+    if worse or not all(passed for passed, _ in checked):
+        raise typer.Exit(1)
+
+
+def _conditions(
+    gates: list[str] | None, baseline: Path | None, max_regression: str | None
+) -> tuple[list[Gate], float]:
+    """The gates, and the share by which a figure may be worse than the baseline's."""
+    if max_regression is not None and baseline is None:
+        raise typer.BadParameter("it needs --baseline", param_hint="--max-regression")
+    parsed = []
+    for text in gates or []:
+        try:
+            parsed.append(parse_gate(text))
+        except AlvtsError as error:
+            raise typer.BadParameter(str(error), param_hint="--gate") from None
+    try:
+        return parsed, parse_share(max_regression or "10%")
+    except AlvtsError as error:
+        raise typer.BadParameter(str(error), param_hint="--max-regression") from None
+
+
+def _check_together(
+    image: list[Path] | None,
+    prompt: str | None,
+    visual_tokens: int | None,
+    text_tokens: int | None,
+    random_weights: bool,
+    layers: int | None,
+) -> None:
+    """Refuse options that contradict each other."""
+    if bool(image) != (prompt is not None):
+        raise typer.BadParameter("give both or neither", param_hint="--image and --prompt")
+    if image and (visual_tokens or text_tokens):
+        raise typer.BadParameter(
+            "the image and the prompt decide that",
+            param_hint="--visual-tokens" if visual_tokens else "--text-tokens",
+        )
+    if image and random_weights:
+        raise typer.BadParameter(
+            "random weights come without a processor; use --visual-tokens", param_hint="--image"
+        )
+    if layers is not None and not random_weights:
+        raise typer.BadParameter("only with --random-weights", param_hint="--layers")

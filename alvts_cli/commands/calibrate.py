@@ -1,0 +1,104 @@
+"""`alvts calibrate`: fit the selectors of a model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import DeviceOption, DTypeOption, ModelOption
+
+
+def calibrate(
+    model: ModelOption = "pocket",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="'pocket' (shipped scenes), a .json or .jsonl file in LLaVA's format, a folder of "
+            "images with prompts.jsonl or prompts.txt, or the id of a data set on the hub."
+        ),
+    ] = "pocket",
+    image_folder: Annotated[
+        Path | None, typer.Option(help="Images of a .json or .jsonl file; default: its folder.")
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=3, help="Drawn at random; an eighth measures, the rest is fitted.")
+    ] = 256,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of the selectors; default: width / 16, at least 16.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Default: <model>.alvts.safetensors in this folder.")
+    ] = None,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same file.")] = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was interrupted.")
+    ] = False,
+) -> None:
+    """Fit the selectors of every layer to the model's own attention, on about 256 samples."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from calibration import Checkpoint, Settings, Watch, read_data
+    from calibration import calibrate as fit
+    from calibration.report import fit_table
+
+    from ..artifact import LayerFit, check_writable, save_artifact
+    from ..models import load_model
+
+    output = out or Path(f"{Path(model).name}.alvts.safetensors")
+    # Everything that can be wrong is found before the model is loaded.
+    check_writable(output)
+    checkpoint = Checkpoint(output, resume)
+    settings = Settings(rank=rank, seed=seed)
+    reader = read_data(data, image_folder, samples, seed)
+    words = Console(stderr=True, soft_wrap=True)
+    loaded = load_model(model, device, dtype)
+
+    refused: list[str] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"))
+    try:
+        with Progress(*columns, TimeRemainingColumn(), console=words, transient=True) as progress:
+            images = progress.add_task("images", total=samples, done="")
+            layers = progress.add_task("layers", total=None, done="")
+
+            def on_layer(index: int, count: int, fit: LayerFit) -> None:
+                done = f"{index + 1} of {count}, recall {fit.recall_after:.3f}"
+                progress.update(layers, total=count, completed=index + 1, done=done)
+
+            artifact = fit(
+                loaded.model,
+                loaded.processor,
+                reader,
+                settings,
+                model_id=loaded.name if model == "pocket" else loaded.model_id,
+                revision=loaded.revision,
+                checkpoint=checkpoint,
+                watch=Watch(
+                    sample=lambda count: progress.update(
+                        images, completed=count, done=f"{count} of {samples}"
+                    ),
+                    skipped=refused.append,
+                    layer=on_layer,
+                ),
+            )
+    except KeyboardInterrupt:
+        if checkpoint.folder.exists():
+            words.print(f"finished layers are in {checkpoint.folder}; go on with --resume")
+        raise
+    save_artifact(artifact, output)
+    checkpoint.remove()
+
+    skipped = reader.skipped + refused
+    if skipped:
+        words.print(f"skipped {len(skipped)} samples:", *skipped, sep="\n  ")
+    console = Console()
+    record = artifact.calibration
+    console.print(fit_table(record))
+    k = f"{settings.keep:.3f}"
+    console.print(
+        f"on {record.held_out} samples that were not fitted; recall of the layer's own choice at "
+        f"keep {k}; before: SVD alone"
+    )
+    console.print(f"wrote {output} ({output.stat().st_size:,} bytes)", soft_wrap=True)

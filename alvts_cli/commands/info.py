@@ -1,0 +1,46 @@
+"""`alvts info`: what is in a selector file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def info(
+    file: Annotated[Path, typer.Argument(help="A selector file made by `alvts calibrate`.")],
+) -> None:
+    """Print what an artifact was fitted for, on what, and how well."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from calibration.report import fit_table
+
+    from ..artifact import load_artifact
+
+    artifact = load_artifact(file)
+    record = artifact.calibration
+    keep = str(artifact.default_keep)
+    if artifact.schedule is not None:
+        keep = f"a schedule of mean {sum(artifact.schedule) / len(artifact.schedule):.3f}"
+    facts = {
+        "model": artifact.model_id + (f" @ {artifact.revision}" if artifact.revision else ""),
+        "family": artifact.family,
+        "selectors": f"{len(artifact.layers)} layers, rank {artifact.rank}, "
+        f"hidden size {artifact.hidden_size}, {artifact.layers[0].key.dtype}",
+        "rows": "causal" if artifact.causal else "full",
+        "default keep": keep,
+        "size": f"{file.stat().st_size:,} bytes",
+        "data": record.data,
+        "samples": f"{record.fitted} fitted, {record.held_out} held out",
+        "sample ids": record.sample_ids,
+        "settings": ", ".join(f"{name}={value}" for name, value in record.settings.items()),
+        "versions": ", ".join(f"{name} {value}" for name, value in record.versions.items()),
+    }
+    about = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        about.add_row(name, Text(value))
+
+    console = Console()
+    console.print(about)
+    console.print(fit_table(record))

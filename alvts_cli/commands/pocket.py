@@ -1,0 +1,78 @@
+"""`alvts pocket`: train the small model that ships with alvts, and score it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import DeviceOption, DTypeOption
+
+pocket = typer.Typer(
+    no_args_is_help=True, help="Train and score pocket, the small model that ships with alvts."
+)
+
+
+@pocket.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for the trained model.")],
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the examples.")] = 0,
+) -> None:
+    """Train pocket from nothing; run again with the same folder to go on where it stopped."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    from ..pocket.build import save_model
+    from ..pocket.train import PHASES, Step
+    from ..pocket.train import train as train_model
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as bar:
+        tasks = {
+            phase.name: bar.add_task(phase.name, total=phase.steps, loss=float("nan"))
+            for phase in PHASES
+        }
+
+        def show(step: Step) -> None:
+            bar.update(tasks[step.phase.name], completed=step.number, loss=step.loss)
+
+        model = train_model(out / "checkpoint", seed, on_step=show)
+    save_model(model, out)
+    print(f"saved {out}")
+
+
+@pocket.command()
+def score(
+    model: Annotated[str, typer.Option(help="A pocket: `pocket`, or a folder.")] = "pocket",
+    per_kind: Annotated[int, typer.Option(min=1, help="Held-out scenes per question kind.")] = 100,
+    easy: Annotated[int, typer.Option(min=0, help="Questions of easy-VQA's test split.")] = 500,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = None,
+) -> None:
+    """Accuracy per kind of held-out question, beside a grey image's and the commonest answer's."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..models import load_model
+    from ..pocket.evaluate import answers, chance, easy_items, scene_items, score_kinds
+
+    loaded = load_model(model, device, dtype)
+    items = [*scene_items("test", per_kind), *(easy_items(easy) if easy else ())]
+    seen = score_kinds(items, answers(loaded.model, loaded.processor, items))
+    blind = score_kinds(items, answers(loaded.model, loaded.processor, items, blind=True))
+    guess = chance(items)
+    table = Table("question kind", "asked", "accuracy", "grey image", "commonest answer")
+    for kind, (right, asked) in seen.items():
+        shares = (right / asked, blind[kind][0] / asked, guess[kind])
+        table.add_row(kind, str(asked), *(f"{share:.1%}" for share in shares))
+    Console().print(table)

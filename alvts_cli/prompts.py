@@ -1,0 +1,124 @@
+"""From a picture and a question to what the model takes."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image, ImageOps
+from transformers import BatchFeature
+
+from .errors import AlvtsError
+
+MARKER = "<image>"
+"""Where an image stands in a prompt, in every family; without one, images come first."""
+
+# Formats that PIL decodes by itself: no external program is ever started by a picture.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+# For processors without a chat template: what stands before the user's words, for an image and
+# after the user's words.
+_LLAVA = ("USER: ", "{token}\n", " ASSISTANT:")
+_CHATML = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+    "<|vision_start|>{token}<|vision_end|>",
+    "<|im_end|>\n<|im_start|>assistant\n",
+)
+
+
+def read_image(source: Path | BinaryIO, name: str | None = None) -> Image.Image:
+    """A picture from a file, RGB, turned as its EXIF data says.
+
+    Args:
+        source: a path, or an open binary file.
+        name: what to call it in a message; by default the path.
+
+    Raises:
+        AlvtsError: no such file, no picture, cut short, or so large that it may be a bomb.
+    """
+    name = name or str(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(source, formats=FORMATS) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise AlvtsError(f"there is no image {name}") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
+        raise AlvtsError(f"{name} has more than {limit} million pixels") from None
+    # What the decoders raise on damaged files.
+    except (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError) as error:
+        reason = getattr(error, "strerror", None) or "it is damaged or not a picture"
+        raise AlvtsError(f"cannot read the image {name}: {reason}") from None
+
+
+def build_inputs(
+    processor: Any, images: Sequence[Image.Image], prompt: str, max_tokens: int | None = None
+) -> BatchFeature:
+    """A user turn with `images` and `prompt`, ready for the model: a batch of one.
+
+    The processor's chat template is used where there is one, else the family's usual prompt.
+
+    Args:
+        processor: of the model.
+        images: at least one, RGB.
+        prompt: the user's words. `<image>` (or the model's own placeholder) in it says where an
+            image stands; without any, the images come first.
+        max_tokens: what the model takes at most (`max_position_embeddings`).
+
+    Raises:
+        AlvtsError: no image, not as many places as images, a template without a place for
+            images, or a prompt that is too long.
+    """
+    if not images:
+        raise AlvtsError("give at least one image")
+    token = processor.image_token
+    rendered = _render(processor, _parts(prompt, token, len(images)))
+    if rendered.count(token) != len(images):
+        raise AlvtsError("the chat template of this model's processor has no place for images")
+    bos = processor.tokenizer.bos_token
+    try:
+        inputs: BatchFeature = processor(
+            images=list(images),
+            text=[rendered],
+            return_tensors="pt",
+            # Some templates write the first token themselves.
+            add_special_tokens=not (bos and rendered.startswith(bos)),
+        )
+    except ValueError as error:
+        raise AlvtsError(f"the processor refused the prompt: {error}") from error
+    tokens = inputs["input_ids"].shape[1]
+    if max_tokens is not None and tokens > max_tokens:
+        raise AlvtsError(
+            f"prompt and images make {tokens} tokens but the model takes {max_tokens}; "
+            "shorten the prompt or give fewer images"
+        )
+    return inputs
+
+
+def _parts(prompt: str, token: str, images: int) -> list[dict[str, str]]:
+    """The turn as a chat template wants it: images and pieces of text in order."""
+    pieces = prompt.replace(token, MARKER).split(MARKER)
+    places = len(pieces) - 1
+    if places == 0:
+        pieces = [""] * images + pieces
+    elif places != images:
+        raise AlvtsError(f"the prompt has {places} places for images ({MARKER}) but gets {images}")
+    parts = []
+    for i, piece in enumerate(pieces):
+        if i > 0:
+            parts.append({"type": "image"})
+        if piece.strip():
+            parts.append({"type": "text", "text": piece.strip()})
+    return parts
+
+
+def _render(processor: Any, parts: list[dict[str, str]]) -> str:
+    if getattr(processor, "chat_template", None):
+        turn = {"role": "user", "content": parts}
+        return processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+    chatml = type(processor).__name__.startswith("Qwen")
+    before, image, after = _CHATML if chatml else _LLAVA
+    image = image.format(token=processor.image_token)
+    return before + "".join(part.get("text", image) for part in parts) + after

@@ -1,0 +1,238 @@
+"""The true shapes of the known models, with random weights, without a download.
+
+Numbers are those of the published configs. Only what decides shapes, arithmetic and positions is
+written down; everything else stays at the library's defaults.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .errors import AlvtsError
+
+# A prime, so that no two rows of a matrix get the same numbers.
+_BLOCK = 1_000_003
+
+
+def _clip() -> dict[str, Any]:
+    """CLIP-L/14 at 336 pixels: 24 x 24 patches."""
+    return dict(
+        model_type="clip_vision_model",
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+        projection_dim=768,
+        vocab_size=32000,
+    )
+
+
+def _llama(**more: Any) -> dict[str, Any]:
+    """Vicuna 7B; 13B changes four numbers."""
+    return (
+        dict(
+            model_type="llama",
+            vocab_size=32064,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=32,
+            max_position_embeddings=4096,
+            rms_norm_eps=1e-5,
+        )
+        | more
+    )
+
+
+def _mistral() -> dict[str, Any]:
+    return dict(
+        model_type="mistral",
+        vocab_size=32064,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6),
+        sliding_window=None,
+    )
+
+
+def _llava(text: dict[str, Any]) -> Any:
+    from transformers import LlavaConfig
+
+    return LlavaConfig(
+        vision_config=_clip(),
+        text_config=text,
+        image_token_index=32000,
+        image_seq_length=576,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+
+
+def _llava_next(text: dict[str, Any]) -> Any:
+    from transformers import LlavaNextConfig
+
+    return LlavaNextConfig(
+        vision_config=_clip(),
+        text_config=text,
+        image_token_index=32000,
+        image_seq_length=576,
+        image_grid_pinpoints=[[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+
+
+def _qwen(tied: bool, **text: Any) -> Any:
+    from transformers import Qwen2_5_VLConfig
+
+    return Qwen2_5_VLConfig(
+        text_config=dict(
+            max_position_embeddings=128000,
+            rms_norm_eps=1e-6,
+            rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]),
+            use_sliding_window=False,
+            bos_token_id=151643,
+            eos_token_id=151645,
+            tie_word_embeddings=tied,
+        )
+        | text,
+        vision_config=dict(
+            depth=32,
+            hidden_size=1280,
+            intermediate_size=3420,
+            num_heads=16,
+            in_channels=3,
+            patch_size=14,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            tokens_per_second=2,
+            window_size=112,
+            fullatt_block_indexes=[7, 15, 23, 31],
+            out_hidden_size=text["hidden_size"],
+        ),
+        image_token_id=151655,
+        video_token_id=151656,
+        vision_start_token_id=151652,
+        vision_end_token_id=151653,
+        tie_word_embeddings=tied,
+    )
+
+
+def _pocket() -> Any:
+    from .pocket.build import make_config
+
+    return make_config()
+
+
+SHAPES: dict[str, Callable[[], Any]] = {
+    "llava-1.5-7b": lambda: _llava(_llama()),
+    "llava-1.5-13b": lambda: _llava(
+        _llama(
+            hidden_size=5120,
+            intermediate_size=13824,
+            num_hidden_layers=40,
+            num_attention_heads=40,
+            num_key_value_heads=40,
+        )
+    ),
+    "llava-next-7b": lambda: _llava_next(_llama()),
+    "llava-next-mistral-7b": lambda: _llava_next(_mistral()),
+    "qwen2.5-vl-3b": lambda: _qwen(
+        tied=True,
+        vocab_size=151936,
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+    ),
+    "qwen2.5-vl-7b": lambda: _qwen(
+        tied=False,
+        vocab_size=152064,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+    ),
+    "pocket": _pocket,
+}
+
+
+def shape_config(name: str, layers: int | None = None) -> Any:
+    """The config of a known model, cut to its first `layers` decoder layers.
+
+    Raises:
+        AlvtsError: an unknown name, or a depth that the model does not have.
+    """
+    if name not in SHAPES:
+        raise AlvtsError(f"--random-weights needs a known model, not {name!r}: {', '.join(SHAPES)}")
+    config = SHAPES[name]()
+    if layers is not None:
+        text = config.text_config
+        if not 1 <= layers <= text.num_hidden_layers:
+            raise AlvtsError(
+                f"{name} has 1 to {text.num_hidden_layers} decoder layers to bench, not {layers}"
+            )
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None) is not None:
+            text.layer_types = text.layer_types[:layers]
+    return config
+
+
+def random_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A model of `config` in eval mode, built in `dtype` on `device`, without a float32 copy.
+
+    The weights have the spread of a freshly initialised model, so that arithmetic meets numbers
+    of usual size, but repeat one block of random values: drawing billions takes minutes.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    with device, _CheapInit(dtype, device), torch.no_grad():
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    return model.eval()
+
+
+class _CheapInit(TorchFunctionMode):
+    """While active, `normal_` copies prepared numbers and other random fills do nothing.
+
+    The fills left out are those of torch's own constructors; transformers fills every weight
+    again, with `normal_`.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self._block = torch.randn(_BLOCK, generator=generator).to(device, dtype)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "normal_":
+            return self._fill(*args, **kwargs)
+        if name in ("uniform_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+    def _fill(
+        self, tensor: Tensor, mean: float = 0.0, std: float = 1.0, generator: Any = None
+    ) -> Tensor:
+        block = self._block * std + mean
+        flat = tensor.detach().view(-1)
+        for start in range(0, flat.numel(), _BLOCK):
+            piece = flat[start : start + _BLOCK]
+            piece.copy_(block[: piece.numel()])
+        return tensor

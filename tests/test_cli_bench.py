@@ -1,0 +1,290 @@
+import json
+
+import pytest
+from cli_tools import alvts, model_folder, refused, scene_file
+
+from alvts_cli import shapes
+from alvts_cli.bench.metrics import METRICS
+
+# Keys and values of 16 layers, 3 heads of 64 floats, per token.
+BYTES_PER_TOKEN = 16 * 2 * 192 * 4
+
+
+def bench(*more):
+    return ("bench", "--model", model_folder(), "--runs", 1, *more)
+
+
+def measured(path, *more):
+    result = alvts(*bench("--json", path, *more))
+    assert result.exit_code == 0, result.output
+    return json.loads(path.read_text())
+
+
+def test_the_table_and_the_file_have_everything(tmp_path):
+    result = alvts(*bench("--runs", 2, "--json", tmp_path / "a.json", "--batch", 2))
+    assert result.exit_code == 0, result.output
+    words = (
+        *("dense", "selective", "vision tower", "LM prefill", "scoring", "first token"),
+        *("per new token", "GFLOPs", "KV cache", "batch 2", "256 visual + 64 text", "torch"),
+    )
+    for word in words:
+        assert word in result.stdout
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert set(report) == {
+        *("format", "settings", "environment", "metrics", "intervals", "times", "peak_bytes"),
+    }
+    assert set(report["metrics"]) == set(METRICS)
+    for name, (low, high) in report["intervals"].items():
+        assert low <= report["metrics"][name] <= high
+    for side in ("dense", "selective"):
+        for times in report["times"][side].values():
+            low, high = times["quartiles"]
+            assert len(times["runs"]) == 2
+            assert 0 <= low <= times["median"] <= high
+    assert report["times"]["dense"]["score_ms"]["median"] == 0
+    assert report["times"]["selective"]["score_ms"]["median"] > 0
+    assert report["settings"] == {
+        "model": str(model_folder()),
+        "random_weights": False,
+        "layers": 16,
+        "cut": False,
+        "dtype": "float32",
+        "device": "cpu",
+        "batch": 2,
+        "visual_tokens": 256,
+        "text_tokens": 64,
+        "new_tokens": 16,
+        "keep": 0.25,
+        "selectors": str(model_folder() / "selectors.safetensors"),
+        "rank": 16,
+    }
+    assert {"alvts", "python", "torch", "transformers", "hardware", "threads"} <= set(
+        report["environment"]
+    )
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.json"]
+
+
+def test_counted_figures_are_exact_and_the_same_again(tmp_path):
+    counted = [name for name, metric in METRICS.items() if metric.portable and "speed" not in name]
+    first = measured(tmp_path / "a.json")["metrics"]
+    second = measured(tmp_path / "b.json")["metrics"]
+    assert {name: first[name] for name in counted} == {name: second[name] for name in counted}
+    assert first["visual_tokens"] == 256 and first["text_tokens"] == 64
+    assert first["visual_tokens_kept"] == 64
+    assert first["kv_bytes_dense"] == BYTES_PER_TOKEN * 320
+    assert first["kv_bytes"] == BYTES_PER_TOKEN * 128
+    assert first["kv_ratio"] == 2.5
+    # Per token 2 multiply-adds for each weight of q, k, v, o (192 x 192) and the MLP (192 x 384);
+    # attention sees t (t + 1) / 2 pairs of 192 numbers, twice.
+    dense = 16 * (2 * 320 * (4 * 192**2 + 3 * 192 * 384) + 4 * 192 * 320 * 321 // 2)
+    assert first["flops_dense"] == dense
+    layers = 16 * (2 * 128 * (4 * 192**2 + 3 * 192 * 384) + 4 * 192 * 128 * 129 // 2)
+    scoring = 16 * (4 * 320 * 192 * 16 + 2 * 320**2 * 16 + 4 * 320**2)
+    assert first["flops"] == layers + scoring
+    assert first["flops_ratio"] == dense / (layers + scoring)
+
+
+def test_keeping_everything_costs_what_dense_costs(tmp_path):
+    figures = measured(tmp_path / "a.json", "--keep", "1.0")["metrics"]
+    assert figures["flops_ratio"] == figures["kv_ratio"] == 1
+    assert figures["scoring_share"] == 0
+
+
+def test_on_an_image_of_the_user(tmp_path):
+    more = ("--image", scene_file(), "--prompt", "color?", "--batch", 2)
+    figures = measured(tmp_path / "a.json", *more)["metrics"]
+    assert figures["visual_tokens"] == 256
+    assert figures["kv_bytes"] == 2 * BYTES_PER_TOKEN * (64 + figures["text_tokens"])
+
+
+def test_several_images_make_up_more_visual_tokens(tmp_path):
+    more = ("--visual-tokens", 512, "--text-tokens", 10, "--keep", 64)
+    figures = measured(tmp_path / "a.json", *more)["metrics"]
+    assert (figures["visual_tokens"], figures["text_tokens"]) == (512, 10)
+    assert figures["visual_tokens_kept"] == 64
+    assert "multiple" in refused(*bench("--visual-tokens", 300))
+    assert "the model reads" in refused(*bench("--visual-tokens", 256 * 16))
+
+
+def test_gates_that_hold():
+    gates = ("visual_tokens_kept==64", "kv_ratio>=2.5", "flops<1e12", "prefill_speedup > 0.001")
+    result = alvts(*bench(*(word for gate in gates for word in ("--gate", gate))))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("gate passed") == 4
+
+
+def test_a_gate_that_fails_says_which_and_by_how_much(tmp_path):
+    more = ("--gate", "kv_ratio>=3", "--gate", "kv_bytes>0", "--json", tmp_path / "a.json")
+    result = alvts(*bench(*more))
+    assert result.exit_code == 1
+    assert "gate failed: kv_ratio>=3, measured 2.5, off by 0.5" in result.stdout
+    assert "gate passed: kv_bytes>0" in result.stdout
+    assert (tmp_path / "a.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "gate",
+    ["speed>=2", "prefill_speedup", "prefill_speedup=>2", "kv_ratio>=nan", "kv_ratio>=x", ""],
+)
+def test_a_gate_without_sense_is_refused_before_anything_is_loaded(gate):
+    line = refused("bench", "--model", "/nowhere", "--gate", gate, code=2)
+    if gate == "speed>=2":
+        assert all(name in line for name in METRICS)
+
+
+def test_a_baseline_of_the_same_run_is_no_regression(tmp_path):
+    measured(tmp_path / "a.json")
+    more = ("--baseline", tmp_path / "a.json", "--max-regression", "500%")
+    result = alvts(*bench(*more))
+    assert result.exit_code == 0, result.output
+    assert "no regression" in result.stdout
+
+
+def test_a_regression_says_which_and_by_how_much(tmp_path):
+    path = tmp_path / "a.json"
+    report = measured(path)
+    report["metrics"] |= {"kv_ratio": 5.0, "kv_bytes": 1.0, "prefill_ms": 1e-9}
+    path.write_text(json.dumps(report))
+    result = alvts(*bench("--baseline", path, "--max-regression", 0.2))
+    assert result.exit_code == 1
+    assert "regression: kv_ratio was 5, is 2.5, 50.0 % worse (20 % allowed)" in result.stdout
+    assert "regression: kv_bytes was 1" in result.stdout
+    # A time is not compared.
+    assert "prefill_ms" not in result.stdout
+
+
+def test_a_baseline_of_something_else_is_one_line(tmp_path):
+    path = tmp_path / "a.json"
+    measured(path)
+    assert "keep=0.25" in refused(*bench("--baseline", path, "--keep", 0.5))
+    assert "batch=1" in refused(*bench("--baseline", path, "--batch", 2))
+    for text in ("{}", "[]", "nonsense", ""):
+        path.write_text(text)
+        refused(*bench("--baseline", path))
+    refused(*bench("--baseline", tmp_path / "nothing.json"))
+    refused(*bench("--baseline", tmp_path))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--max-regression", "10%"),
+        ("--max-regression", "much", "--baseline", "x"),
+        ("--max-regression", "-1", "--baseline", "x"),
+        ("--image", "x.png"),
+        ("--prompt", "x"),
+        ("--image", "x.png", "--prompt", "x", "--visual-tokens", 5),
+        ("--image", "x.png", "--prompt", "x", "--random-weights"),
+        ("--layers", 2),
+        ("--runs", 0),
+        ("--dtype", "int8"),
+        ("--keep", "nan"),
+    ],
+)
+def test_options_without_sense_are_one_line(more):
+    refused(*bench(*more), code=2)
+
+
+def test_a_place_that_cannot_be_written_is_one_line_and_found_first(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "a.json", tmp_path, tmp_path / "nowhere" / "a.json"):
+        assert "cannot write" in refused("bench", "--model", "/nowhere", "--json", path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_selectors_of_another_model_are_one_line():
+    refused(*bench("--selectors", model_folder(seed=1) / "selectors.safetensors"))
+
+
+def _small(name, **text):
+    """The shape of a known model, small enough for a test."""
+
+    def shrunk():
+        config = shapes.SHAPES[name]()
+        for part, values in (
+            (config.text_config, dict(hidden_size=64, intermediate_size=96, vocab_size=1000)),
+            (config.vision_config, dict(hidden_size=32, intermediate_size=48)),
+        ):
+            for key, value in values.items():
+                setattr(part, key, value)
+        config.text_config.num_attention_heads = config.text_config.num_key_value_heads = 4
+        config.text_config.head_dim = 16
+        if config.model_type == "qwen2_5_vl":
+            config.text_config.rope_parameters["mrope_section"] = [2, 3, 3]
+            config.vision_config.out_hidden_size = 64
+            config.vision_config.depth = 1
+            config.vision_config.num_heads = 2
+            config.image_token_id, config.video_token_id = 990, 991
+        else:
+            config.vision_config.num_hidden_layers = 2
+            config.vision_config.num_attention_heads = 2
+            config.image_token_id = 990
+        return config
+
+    return shrunk
+
+
+@pytest.mark.parametrize(
+    ("name", "visual"),
+    [
+        ("llava-1.5-7b", 576),
+        ("llava-next-7b", 2928),
+        ("llava-next-mistral-7b", 2928),
+        ("qwen2.5-vl-3b", 1980),
+    ],
+)
+def test_random_weights_of_every_family(name, visual, tmp_path, monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "small", _small(name))
+    path = tmp_path / "a.json"
+    more = ("--random-weights", "--layers", 2, "--runs", 1, "--json", path, "--keep", 64)
+    result = alvts("bench", "--model", "small", "--dtype", "bfloat16", *more)
+    assert result.exit_code == 0, result.output
+    assert "small needs about" in result.stderr and "is free" in result.stderr
+    assert "random weights, cut to 2 layers" in " ".join(result.stdout.split())
+    report = json.loads(path.read_text())
+    assert report["metrics"]["visual_tokens"] == visual
+    assert report["metrics"]["visual_tokens_kept"] == 64
+    assert report["settings"]["layers"] == 2
+    assert report["settings"]["dtype"] == "bfloat16"
+    assert report["settings"]["selectors"] == "random"
+
+
+def test_one_layer_of_the_true_shape(tmp_path):
+    path = tmp_path / "a.json"
+    more = ("--layers", 1, "--visual-tokens", 16, "--text-tokens", 8, "--keep", 4, "--json", path)
+    result = alvts(
+        *("bench", "--model", "qwen2.5-vl-3b", "--random-weights", "--dtype", "bfloat16"),
+        *("--runs", 1, *more),
+    )
+    assert result.exit_code == 0, result.output
+    figures = json.loads(path.read_text())["metrics"]
+    # 2 heads of 128 numbers, keys and values, two bytes each.
+    assert figures["kv_bytes"] == 2 * 2 * 128 * 2 * (4 + 8)
+
+
+def test_what_does_not_fit_is_said_before_it_is_built(monkeypatch):
+    monkeypatch.setattr("alvts_cli.memory.memory_free", lambda device: 10 * 1024**3)
+    line = refused("bench", "--model", "llava-1.5-13b", "--random-weights", "--dtype", "bfloat16")
+    assert "GiB of memory" in line and "10.0 GiB is free" in line and "too little" in line
+
+
+def test_random_weights_of_an_unknown_name_or_depth_are_one_line():
+    assert "llava-1.5-7b" in refused("bench", "--model", "owner/model", "--random-weights")
+    assert "32" in refused("bench", "--model", "llava-1.5-7b", "--random-weights", "--layers", 33)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llava-1.5-7b", 7.063),
+        ("llava-1.5-13b", 13.351),
+        ("llava-next-7b", 7.063),
+        ("llava-next-mistral-7b", 7.567),
+        ("qwen2.5-vl-3b", 3.755),
+        ("qwen2.5-vl-7b", 8.292),
+    ],
+)
+def test_shapes_have_the_published_number_of_weights(name, billions):
+    from alvts_cli.memory import count_parameters
+
+    assert round(count_parameters(shapes.shape_config(name)) / 1e9, 3) == billions

@@ -1,0 +1,111 @@
+import pytest
+import torch
+from cli_tools import model_folder
+
+from alvts_cli import AlvtsError
+from alvts_cli.bench.inputs import synthetic_inputs
+from alvts_cli.bench.memory import peak_memory
+from alvts_cli.bench.metrics import parse_gate, parse_share
+from alvts_cli.bench.selectors import random_selectors
+from alvts_cli.bench.statistics import ratio, spread
+from alvts_cli.bench.timing import generate
+from alvts_cli.engine import attach
+from alvts_cli.models import load_model
+
+
+def test_median_and_quartiles():
+    found = spread([5.0, 1.0, 2.0, 4.0, 3.0])
+    assert (found.low, found.median, found.high) == (2, 3, 4)
+    one = spread([7.0])
+    assert (one.low, one.median, one.high) == (7, 7, 7)
+
+
+def test_a_ratio_has_an_interval_that_narrows_with_agreement():
+    point, low, high = ratio([2.0, 4.0, 8.0], [1.0, 2.0, 4.0])
+    assert low == point == high == 2  # every pair says the same, however slow its moment was
+    point, low, high = ratio([2.0, 3.0, 4.0], [1.0, 1.0, 1.0])
+    assert low < point == 3 < high
+    assert ratio([2.0, 3.0, 4.0], [1.0, 1.0, 1.0]) == (point, low, high)
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "holds"),
+    [
+        ("kv_ratio>=2", 2.0, True),
+        ("kv_ratio > 2", 2.0, False),
+        ("kv_ratio<=2", 2.1, False),
+        (" kv_ratio<2e0 ", 1.9, True),
+        ("kv_bytes==1024", 1024, True),
+        ("kv_bytes==1024", 1025, False),
+    ],
+)
+def test_a_gate_compares(text, value, holds):
+    gate = parse_gate(text)
+    assert gate.check({gate.metric: value})[0] is holds
+
+
+def test_shares():
+    assert parse_share("10%") == parse_share("0.1") == 0.1
+    for text in ("", "%", "-1%", "nan", "inf"):
+        with pytest.raises(AlvtsError):
+            parse_share(text)
+
+
+def test_peak_memory_sees_what_is_allocated_and_freed():
+    with peak_memory(torch.device("cpu")) as peak:
+        torch.ones(60_000_000)
+    if peak.bytes is not None:
+        assert 200e6 < peak.bytes < 400e6
+
+
+def hooks(model):
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    )
+
+
+@pytest.fixture
+def subject():
+    model = load_model(str(model_folder())).model
+    inputs = synthetic_inputs(model, batch=2, visual_tokens=None, text_tokens=8)
+    # transformers puts hooks of its own into a model at its first forward.
+    generate(model, inputs, 1)
+    return model, inputs
+
+
+def test_a_timed_generation_is_the_plain_one_and_leaves_no_trace(subject):
+    model, inputs = subject
+    with torch.inference_mode():
+        plain = model.generate(**inputs, do_sample=False, min_new_tokens=5, max_new_tokens=5)
+    before = hooks(model)
+    steps = []
+    made = generate(model, inputs, 5, ignore_end=True, on_tokens=steps.append)
+    assert torch.equal(made.tokens, plain[:, inputs["input_ids"].shape[1] :])
+    assert torch.equal(torch.stack(steps, dim=1), made.tokens)
+    assert hooks(model) == before
+    assert 0 < made.vision_ms < made.ttft_ms < made.total_ms
+    assert 0 < made.prefill_ms < made.ttft_ms
+    assert made.total_ms == pytest.approx(made.ttft_ms + 4 * made.decode_ms)
+    assert made.phase_ms == {"score": 0, "select": 0, "merge": 0}
+
+
+def test_the_phases_of_a_selection_are_timed_within_prefill(subject):
+    model, inputs = subject
+    with attach(model, random_selectors(model), 0.1) as attachment:
+        hook = attachment.phase
+        made = generate(model, inputs, 2, attachment)
+        assert attachment.phase is hook
+    assert all(time > 0 for time in made.phase_ms.values())
+    assert sum(made.phase_ms.values()) < made.prefill_ms
+
+
+def test_a_generation_that_fails_leaves_no_trace(subject):
+    model, inputs = subject
+    before = hooks(model)
+
+    def fail(tokens):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        generate(model, inputs, 5, on_tokens=fail)
+    assert hooks(model) == before
