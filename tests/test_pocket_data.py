@@ -103,7 +103,7 @@ def test_every_question_names_what_it_asks_for_and_has_the_right_answer() -> Non
             kinds.add(question.kind)
             assert question.answer == right_answer(scene, question.text), question.text
             for phrase in question.phrases:
-                assert phrase.text in question.text
+                assert phrase.text in f"{question.text} assistant:"
                 assert phrase.thing is None or the(scene, phrase.text) == phrase.thing
     assert kinds == set(KINDS)
 
