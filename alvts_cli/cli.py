@@ -15,6 +15,8 @@ from typer.core import TyperGroup
 from . import __version__
 from .commands.bench import EPILOG, bench
 from .commands.calibrate import calibrate
+from .commands.eval import EPILOG as EVAL_EPILOG
+from .commands.eval import evaluate
 from .commands.info import info
 from .commands.models import models
 from .commands.pocket import pocket
@@ -112,6 +114,7 @@ def _common(
 app.command()(run)
 app.command(epilog=EPILOG)(bench)
 app.command()(calibrate)
+app.command("eval", epilog=EVAL_EPILOG)(evaluate)
 app.command()(info)
 app.command()(models)
 app.add_typer(pocket, name="pocket")

@@ -1,5 +1,6 @@
 """`alvts calibrate`: fit the selectors of a model."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,10 @@ def calibrate(
     ] = False,
 ) -> None:
     """Fit the selectors of every layer to the model's own attention, on about 256 samples."""
+    # Read when torch is imported. The steps are small, and threads that spin while they wait for
+    # each other come to a standstill on cores that others use too: 100 times slower was seen.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -59,7 +64,14 @@ def calibrate(
     refused: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"))
     try:
-        with Progress(*columns, TimeRemainingColumn(), console=words, transient=True) as progress:
+        with Progress(
+            *columns,
+            TimeRemainingColumn(),
+            console=words,
+            transient=True,
+            # Elsewhere than on a terminal it would leave an empty line.
+            disable=not words.is_terminal,
+        ) as progress:
             images = progress.add_task("images", total=samples, done="")
             layers = progress.add_task("layers", total=None, done="")
 
@@ -85,14 +97,17 @@ def calibrate(
             )
     except KeyboardInterrupt:
         if checkpoint.folder.exists():
-            words.print(f"finished layers are in {checkpoint.folder}; go on with --resume")
+            words.print(
+                f"finished layers are in {checkpoint.folder}; go on with --resume", markup=False
+            )
         raise
     save_artifact(artifact, output)
     checkpoint.remove()
 
     skipped = reader.skipped + refused
     if skipped:
-        words.print(f"skipped {len(skipped)} samples:", *skipped, sep="\n  ")
+        lines = (f"skipped {len(skipped)} samples:", *skipped)
+        words.print(*lines, sep="\n  ", markup=False, highlight=False)
     console = Console()
     record = artifact.calibration
     console.print(fit_table(record))
@@ -101,4 +116,5 @@ def calibrate(
         f"on {record.held_out} samples that were not fitted; recall of the layer's own choice at "
         f"keep {k}; before: SVD alone"
     )
-    console.print(f"wrote {output} ({output.stat().st_size:,} bytes)", soft_wrap=True)
+    size = output.stat().st_size
+    console.print(f"wrote {output} ({size:,} bytes)", soft_wrap=True, markup=False)

@@ -11,8 +11,8 @@ and, after `JUDGED` layers, what it comes down to (see `questions.Phrase`). What
 share of right answers on training scenes, none of which is seen twice:
 
 - The answers' loss alone, 400 steps, 1 to 3 things: colour .74, reading .68, place .64, what
-  guessing among the things in sight gives. Attention that starts as similarity (keys equal to queries,
-  outputs the transpose of values) is no better: .74, .66, .58.
+  guessing among the things in sight gives. Attention that starts as similarity (keys equal to
+  queries, outputs the transpose of values) is no better: .74, .66, .58.
 - With the things' words, 400 steps, 2 to 4 things: .87, .94, .95; presence follows by itself
   (.91 after 800), counting and relations stay at chance (.44, .50 after 800).
 - With the side and the number as well, relations asked as "left or right of" are right after

@@ -1,0 +1,271 @@
+"""`alvts eval`: what each method keeps of the dense model's answers, at equal cost."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..bench.metrics import Gate
+from ..errors import AlvtsError
+from ..evaluate.gates import FIGURES, parse_gate
+from ..evaluate.scoring import SCORINGS
+from ..methods import METHODS, check_method
+from .options import DeviceOption, DTypeOption, ModelOption, SelectorsOption
+
+if TYPE_CHECKING:
+    from ..evaluate.data import DataSet
+    from ..evaluate.run import Plan
+    from ..models import Loaded
+
+EPILOG = "Figures for --gate: " + "; ".join(f"{name} ({about})" for name, about in FIGURES.items())
+
+
+def evaluate(
+    model: ModelOption = "pocket",
+    selectors: SelectorsOption = None,
+    data: Annotated[
+        list[str],
+        typer.Option(
+            help="'pocket' (held-out scenes), 'easy-vqa', a .json or .jsonl file in LLaVA's or "
+            "POPE's format, or a data set of the hub (ID or ID:SPLIT); repeatable."
+        ),
+    ] = ["pocket"],  # noqa: B006 - typer reads the default, nobody writes to it
+    image_folder: Annotated[
+        Path | None, typer.Option(help="Images of a .json or .jsonl file; default: its folder.")
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="With commas; 'all' for: " + ", ".join(METHODS) + ".")
+    ] = "all",
+    keep: Annotated[
+        str,
+        typer.Option(help="Layer averages to compare at, with commas: ratios or token counts."),
+    ] = "0.33,0.22,0.11",
+    samples: Annotated[int, typer.Option(min=1, help="Questions of each data set.")] = 350,
+    batch: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 32,
+    scoring: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(SCORINGS)}; default: what suits the right answers."),
+    ] = None,
+    by_kind: Annotated[
+        bool, typer.Option("--by-kind", help="Also accuracy per kind of question.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same table.")] = 0,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Do not go on with an interrupted run of this command.")
+    ] = False,
+    device: DeviceOption = "auto",
+    dtype: DTypeOption = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write all figures and answers here.")
+    ] = None,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Fail unless this holds for every data set, such as "alvts@64.retention>=97" '
+            "(repeatable); with >=, <=, ==, > or <."
+        ),
+    ] = None,
+) -> None:
+    """Compare methods of choosing visual tokens: accuracy, agreement and cost, on the same
+    questions at equal layer averages.
+
+    An interrupted run goes on where it stopped when the same command is given again. A failed gate
+    exits with 1.
+    """
+    names = _methods(methods)
+    budgets = _budgets(keep)
+    gates = _gates(gate, names, list(budgets))
+    if scoring is not None and scoring not in SCORINGS:
+        raise typer.BadParameter(
+            f"unknown scoring {scoring!r}; known: {', '.join(SCORINGS)}", param_hint="--scoring"
+        )
+
+    import json
+
+    from rich.console import Console
+
+    from ..artifact import check_writable, write_whole
+    from ..bench.report import environment
+    from ..evaluate.data import read_data
+    from ..evaluate.figures import summarise
+    from ..evaluate.run import evaluate as evaluate_set
+    from ..evaluate.table import FORMAT, figures_by_name, to_json, to_table
+    from ..evaluate.table import by_kind as kind_table
+    from ..families import family_of
+    from ..models import load_model
+
+    if json_file is not None:
+        check_writable(json_file)
+    sets = [read_data(one, image_folder, samples, seed, scoring) for one in data]
+    loaded = load_model(model, device, dtype)
+    plan, facts = _plan(loaded, selectors, names, budgets, batch, seed)
+    words = Console(stderr=True, soft_wrap=True)
+    console = _wide(Console())
+    text_model: Any = family_of(loaded.model).text_model(loaded.model)
+    written, lines, passed = [], [], True
+    for questions in sets:
+        store = _store(facts, questions, fresh)
+        results = _with_progress(words, plan, questions, store, evaluate_set)
+        summary = summarise(
+            questions, results, list(plan.runs), seed, text_model.config, loaded.dtype.itemsize
+        )
+        console.print(to_table(summary))
+        if by_kind:
+            console.print(kind_table(summary))
+        written.append((to_json(summary, questions, results, by_kind), store))
+        for condition in gates:
+            holds, line = condition.check(figures_by_name(summary))
+            lines.append(f"{questions.name}: {line}")
+            passed = passed and holds
+    surroundings = environment(loaded.model)
+    console.print(
+        f"{loaded.name}, {surroundings['hardware']}, {facts['dtype']}, torch "
+        f"{surroundings['torch']}, transformers {surroundings['transformers']}"
+    )
+    if json_file is not None:
+        whole = {
+            "format": FORMAT,
+            "settings": facts,
+            "environment": surroundings,
+            "data": [one for one, _ in written],
+        }
+        write_whole(json_file, f"{json.dumps(whole, allow_nan=False)}\n".encode())
+    for _, store in written:
+        store.remove()
+    for line in lines:
+        print(line)
+    if not passed:
+        raise typer.Exit(1)
+
+
+def _methods(text: str) -> list[str]:
+    if text == "all":
+        return list(METHODS)
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    try:
+        for name in names:
+            check_method(name)
+    except AlvtsError as error:
+        raise typer.BadParameter(str(error), param_hint="--methods") from None
+    return names
+
+
+def _budgets(text: str) -> dict[str, int | float]:
+    """The budgets by how they are written: an int of tokens or a float of a ratio."""
+    from ..engine import resolve_keep
+
+    budgets: dict[str, int | float] = {}
+    for part in text.split(","):
+        name = part.strip()
+        try:
+            (value,) = resolve_keep(name, 1).values
+        except AlvtsError as error:
+            raise typer.BadParameter(str(error), param_hint="--keep") from None
+        if value in budgets.values():
+            raise typer.BadParameter(f"{name} is there twice", param_hint="--keep")
+        budgets[name] = value
+    return budgets
+
+
+def _gates(texts: list[str] | None, methods: list[str], budgets: list[str]) -> list[Gate]:
+    try:
+        return [parse_gate(text, methods, budgets) for text in texts or []]
+    except AlvtsError as error:
+        raise typer.BadParameter(str(error), param_hint="--gate") from None
+
+
+def _plan(
+    loaded: "Loaded",
+    selectors: Path | None,
+    names: list[str],
+    budgets: dict[str, int | float],
+    batch: int,
+    seed: int,
+) -> tuple["Plan", dict[str, Any]]:
+    """What to run, and what decides its result beside the data, as plain values."""
+    import hashlib
+
+    import torch
+    import transformers
+
+    from ..artifact import fingerprint, load_artifact
+    from ..evaluate.run import Plan, Run
+    from ..methods import make_method
+
+    artifact = file = None
+    if "alvts" in names:
+        file = selectors or _find_selectors(loaded)
+        artifact = load_artifact(file)
+        artifact.check_model(loaded.model, loaded.name)
+    made = {name: make_method(name, artifact, seed) for name in dict.fromkeys(["dense", *names])}
+    # Budget by budget, as the table is read.
+    runs: dict[Run, Any] = {
+        Run(name, written): (made[name], value)
+        for written, value in budgets.items()
+        for name in names
+        if name != "dense"
+    }
+    facts = {
+        "model": loaded.model_id,
+        "weights": hashlib.sha256(fingerprint(loaded.model).numpy().tobytes()).hexdigest(),
+        "selectors": None if file is None else str(file),
+        "selectors_sha256": file and hashlib.sha256(file.read_bytes()).hexdigest(),
+        "methods": names,
+        "keep": list(budgets),
+        "batch": batch,
+        "seed": seed,
+        "device": loaded.device.type,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "attention": loaded.model.config._attn_implementation,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    return Plan(loaded, made["dense"], runs, batch), facts
+
+
+def _find_selectors(loaded: "Loaded") -> Path:
+    from ..models import find_selectors
+
+    try:
+        return find_selectors(loaded)
+    except AlvtsError:
+        raise AlvtsError(
+            f"no selectors for {loaded.name}; fit some with: alvts calibrate --model "
+            f"{loaded.name}, or leave alvts out of --methods"
+        ) from None
+
+
+def _store(facts: dict[str, Any], questions: "DataSet", fresh: bool) -> Any:
+    from ..evaluate.store import Store
+
+    asked = [(item.id, item.question, item.answers) for item in questions.items]
+    store = Store({**facts, "data": questions.name, "asked": asked})
+    if fresh:
+        store.remove()
+    return store
+
+
+def _with_progress(words: Any, plan: "Plan", questions: "DataSet", store: Any, work: Any) -> Any:
+    """Run a data set under a bar with the time left."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    batches = -(-len(questions.items) // plan.batch)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
+    try:
+        # Where nobody watches, even a bar that goes away again leaves an empty line.
+        off = not words.is_terminal
+        with Progress(*columns, console=words, transient=True, disable=off) as progress:
+            task = progress.add_task(questions.name, total=batches * (len(plan.runs) + 2))
+            return work(plan, questions, store, lambda steps: progress.advance(task, steps))
+    except KeyboardInterrupt:
+        if store.folder.exists():
+            words.print("finished batches are kept; give the same command again to go on")
+        raise
+
+
+def _wide(console: Any) -> Any:
+    """Wide enough for the table where the output goes to a file."""
+    if not console.is_terminal:
+        console.width = 160
+    return console

@@ -1,0 +1,67 @@
+"""Conditions on the figures of a table: `METHOD@BUDGET.FIGURE OP NUMBER`.
+
+Such as `alvts@64.retention>=97`, with the budget written as in `--keep`. No torch here: gates are
+read before anything heavy is loaded.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+
+from ..bench.metrics import Gate
+from ..errors import AlvtsError
+from ..methods import check_method
+
+FIGURES = {
+    "accuracy": "percent of answers that are right",
+    "retention": "accuracy in percent of dense accuracy",
+    "retention_low": "lower end of its 95 % interval",
+    "retention_high": "upper end",
+    "difference": "accuracy minus dense accuracy, in points",
+    "difference_low": "lower end of its 95 % interval",
+    "difference_high": "upper end",
+    "over_alvts": "accuracy minus that of alvts at the same budget, in points",
+    "over_alvts_low": "lower end of its 95 % interval",
+    "over_alvts_high": "upper end",
+    "agreement": "percent of answers that are the dense model's",
+    "kl": "of the first token's distribution to the dense one, in nats",
+    "tokens": "visual tokens, mean over layers and samples",
+    "tokens_after": "visual tokens in the last layer, mean over samples",
+    "flops": "of the prefill, in percent of dense",
+    "kv": "KV cache after prefill, in percent of dense",
+}
+
+_GATE = re.compile(r"\s*([\w-]+)@([\d.]+)\.([a-z]\w*)\s*(>=|<=|==|>|<)\s*(\S+)\s*")
+
+
+def parse_gate(text: str, methods: Sequence[str], budgets: Sequence[str]) -> Gate:
+    """Read a gate on a table of these methods and budgets; its metric is `METHOD@BUDGET.FIGURE`.
+
+    Raises:
+        AlvtsError: another form, or a name that the table will not have.
+    """
+    match = _GATE.fullmatch(text)
+    if match is None:
+        raise AlvtsError(
+            f"{text!r} is not a gate; write METHOD@BUDGET.FIGURE>=NUMBER with >=, <=, ==, > or <, "
+            "such as alvts@64.retention>=97"
+        )
+    method, budget, figure, sign, number = match.groups()
+    check_method(method)
+    if method not in methods:
+        raise AlvtsError(f"the gate {text!r} is about {method}, which --methods leaves out")
+    if method == "dense":
+        raise AlvtsError("dense has no budget to be gated at; gate another method against it")
+    if budget not in budgets:
+        raise AlvtsError(f"the gate {text!r} is about keeping {budget}, which --keep leaves out")
+    if figure not in FIGURES:
+        raise AlvtsError(f"unknown figure {figure!r}; known: {', '.join(FIGURES)}")
+    if figure.startswith("over_alvts") and "alvts" not in methods:
+        raise AlvtsError(f"the gate {text!r} needs alvts, which --methods leaves out")
+    try:
+        limit = float(number)
+    except ValueError:
+        limit = math.nan
+    if not math.isfinite(limit):
+        raise AlvtsError(f"{number!r} in the gate {text!r} is not a number")
+    return Gate(f"{method}@{budget}.{figure}", sign, limit)

@@ -1,0 +1,172 @@
+"""The figures as tables to read and as an object to keep."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from ..bench.report import megabytes
+from .data import DataSet
+from .figures import Head, Row, Summary
+from .gates import FIGURES
+from .run import Outcomes
+from .scoring import SCORINGS
+
+FORMAT = 1
+"""Of the JSON object; raised when a name in it changes its meaning."""
+
+
+def to_table(summary: Summary) -> RenderableType:
+    """Method by budget, under what the figures stand against."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("method", no_wrap=True)
+    columns = (
+        *("keep", "tokens", "by layer", "accuracy", "retention (95 %)", "over alvts (95 %)"),
+        *("agree", "KL", "FLOPs", "KV"),
+    )
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    budget = None
+    for row in summary.rows:
+        if budget not in (None, row.run.budget):
+            table.add_section()
+        budget = row.run.budget
+        f = row.figures
+        table.add_row(
+            row.run.method,
+            budget,
+            f"{f['tokens']:.1f}",
+            by_layer(row.kept),
+            f"{f['accuracy']:.1f}",
+            _interval(f, "retention", ""),
+            "" if row.run.method == "alvts" else _interval(f, "over_alvts", "+"),
+            f"{f['agreement']:.1f}",
+            f"{f['kl']:.3f}",
+            f"{f['flops']:.1f}",
+            f"{f['kv']:.1f}",
+        )
+    head = summary.head
+    title = (
+        f"{summary.name}: {head.samples} questions, {summary.scoring} scoring, "
+        f"{summary.visual_tokens:.4g} visual tokens\n"
+        f"dense {head.dense:.1f} %, blind (grey picture) {head.blind:.1f} %, "
+        f"chance (commonest answer of the kind) {head.chance:.1f} %; "
+        f"KV cache of a dense prompt {megabytes(summary.kv_bytes)}"
+    )
+    note = (
+        "tokens: visual tokens, mean over layers; by layer: tokens x layers (first question). "
+        "accuracy, agreement with the dense answer,\nFLOPs and KV cache after prefill in percent, "
+        "the last two of dense; retention: accuracy in percent of dense; over alvts: in points;\n"
+        "KL: of the first token's distribution to dense, in nats. The scores of the peers are not "
+        "counted as FLOPs, the selectors of alvts are."
+    )
+    return Group(title, table, note)
+
+
+def by_kind(summary: Summary) -> RenderableType:
+    """Accuracy per kind of question."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("accuracy, %", "keep"):
+        table.add_column(column, no_wrap=True)
+    for kind in (*summary.kinds, "all"):
+        table.add_column(kind, justify="right", no_wrap=True)
+    heads = (*summary.kinds.values(), summary.head)
+
+    def add(name: str, keep: str, cells: Sequence[str]) -> None:
+        table.add_row(name, keep, *cells)
+
+    add("questions", "", [str(head.samples) for head in heads])
+    for name in ("dense", "blind", "chance"):
+        add(name, "", [f"{getattr(head, name):.1f}" for head in heads])
+    budget = None
+    for row in summary.rows:
+        if row.run.budget != budget:
+            table.add_section()
+        budget = row.run.budget
+        values = (*row.kinds.values(), row.figures["accuracy"])
+        add(row.run.method, budget, [f"{value:.1f}" for value in values])
+    return table
+
+
+def by_layer(kept: tuple[tuple[int, int], ...]) -> str:
+    """`((256, 1), (13, 15))` as `256x1 13x15`."""
+    return " ".join(f"{count}x{layers}" for count, layers in kept)
+
+
+def to_json(
+    summary: Summary, data: DataSet, results: Sequence[Outcomes], kinds: bool
+) -> dict[str, Any]:
+    """The same as plain values, and every sample's answers.
+
+    Args:
+        kinds: also per kind of question.
+    """
+
+    def head(figures: Head) -> dict[str, Any]:
+        return asdict(figures)
+
+    def row(one: Row) -> dict[str, Any]:
+        more = {"kinds": one.kinds} if kinds else {}
+        figures = {name: _defined(one.figures[name]) for name in FIGURES}
+        return {
+            "method": one.run.method,
+            "keep": one.run.budget,
+            "by_layer": one.kept,
+            **figures,
+            **more,
+        }
+
+    score = SCORINGS[data.scoring]
+    samples = [
+        {
+            "id": item.id,
+            "kind": item.kind,
+            "question": item.question,
+            "right": item.answers,
+            "said": {
+                label: {
+                    "answer": outcome.answer,
+                    "right": score(outcome.answer, item.answers),
+                    "kl": outcome.kl,
+                }
+                for label, outcome in outcomes.items()
+            },
+        }
+        for item, outcomes in zip(data.items, results, strict=True)
+    ]
+    by = {"kinds": {kind: head(one) for kind, one in summary.kinds.items()}} if kinds else {}
+    return {
+        "name": summary.name,
+        "scoring": summary.scoring,
+        "visual_tokens": summary.visual_tokens,
+        "kv_bytes_dense": summary.kv_bytes,
+        "head": head(summary.head),
+        **by,
+        "rows": [row(one) for one in summary.rows],
+        "samples": samples,
+    }
+
+
+def figures_by_name(summary: Summary) -> Mapping[str, float]:
+    """What gates are checked against: `METHOD@BUDGET.FIGURE`."""
+    return {
+        f"{row.run.label}.{name}": value
+        for row in summary.rows
+        for name, value in row.figures.items()
+    }
+
+
+def _defined(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _interval(figures: Mapping[str, float], name: str, sign: str) -> str:
+    value = figures[name]
+    if math.isnan(value):
+        return "-"
+    low, high = figures[f"{name}_low"], figures[f"{name}_high"]
+    return f"{value:{sign}.1f} ({low:{sign}.1f} to {high:{sign}.1f})"

@@ -1,0 +1,163 @@
+"""Reading questions with answers."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from cli_tools import scene_file
+
+from alvts_cli import AlvtsError
+from alvts_cli.evaluate.data import read_data
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(scene_file().read_bytes())
+    return tmp_path
+
+
+def llava(image, question, answer, **more):
+    said = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return {"id": "x", "image": image, "conversations": said, **more}
+
+
+def write(path, records, lines=False):
+    text = "\n".join(map(json.dumps, records)) if lines else json.dumps(records)
+    path.write_text(text)
+    return str(path)
+
+
+def test_pocket_asks_every_kind_as_often():
+    data = read_data("pocket", None, 23, 0)
+    assert (len(data.items), data.scoring, data.max_new_tokens) == (21, "exact", 4)
+    kinds = [item.kind for item in data.items]
+    assert {kinds.count(kind) for kind in kinds} == {3}
+    assert len({item.id for item in data.items}) == 21
+    assert data.items[0].images()[0].size == (192, 192)
+
+
+def test_easy_vqa():
+    pytest.importorskip("easy_vqa")
+    data = read_data("easy-vqa", None, 40, 0)
+    assert len(data.items) == 40
+    assert {item.kind for item in data.items} <= {"yes/no", "color", "shape"}
+    assert data.items[0].images()[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_llava_format(folder, lines):
+    path = write(
+        folder / "set.json",
+        [
+            llava("a.png", "<image>\nwhat color?", "red"),
+            llava(["a.png", "b.png"], "is <image> in <image>?", "no", kind="pairs"),
+        ],
+        lines,
+    )
+    data = read_data(path, None, 10, 0)
+    assert (data.name, data.scoring, data.max_new_tokens) == ("set.json", "exact", 16)
+    assert [item.kind for item in data.items] == ["set", "pairs"]
+    assert [item.answers for item in data.items] == [("red",), ("no",)]
+    assert [len(item.images()) for item in data.items] == [1, 2]
+
+
+def test_pope_format_with_an_image_folder(folder, tmp_path):
+    records = [
+        {"question_id": i, "image": "a.png", "text": f"Is there a {i}?", "label": "yes"}
+        for i in range(9)
+    ]
+    (tmp_path / "questions").mkdir()
+    path = write(tmp_path / "questions" / "coco_pope_random.json", records, lines=True)
+    data = read_data(path, folder, 4, 0)
+    assert data.scoring == "yes-no"
+    assert len(data.items) == 4
+    assert data.items[0].kind == "coco_pope_random"
+    # Drawn by the seed, in the order of the file.
+    ids = [item.id for item in data.items]
+    assert ids == sorted(ids) == [item.id for item in read_data(path, folder, 4, 0).items]
+    assert ids != [item.id for item in read_data(path, folder, 4, 1).items]
+    assert read_data(path, folder, 4, 0, "exact").scoring == "exact"
+
+
+@pytest.mark.parametrize(
+    ("records", "word"),
+    [
+        ([llava("c.png", "<image> x", "y")], "record 0: there is no image"),
+        ([llava("a.png", "x", "")], "no answer"),
+        ([llava("a.png", "<image> <image>", "y")], "2 places for 1 images"),
+        ([{"image": "a.png", "text": "x"}], "no answer"),
+        ([{"text": "x", "label": "y"}], "no image"),
+        ([3], "not a record"),
+        ([], "no question in"),
+    ],
+)
+def test_bad_records_are_named(folder, records, word):
+    path = write(folder / "set.json", records)
+    with pytest.raises(AlvtsError) as caught:
+        read_data(path, None, 10, 0)
+    assert word in str(caught.value)
+
+
+def test_bad_files(folder):
+    (folder / "bad.json").write_text("{")
+    (folder / "binary.json").write_bytes(b"\xff\xfe")
+    for data, image_folder, word in (
+        (str(folder / "bad.json"), None, "not JSON"),
+        (str(folder / "binary.json"), None, "UTF-8"),
+        (str(folder / "none.json"), None, "no file"),
+        (str(folder / "bad.json"), folder / "none", "no image folder"),
+        (str(folder), None, "no evaluation data"),
+        ("what is this?", None, "no evaluation data"),
+    ):
+        with pytest.raises(AlvtsError, match=word):
+            read_data(data, image_folder, 10, 0)
+
+
+class Rows(list):
+    """As much of a data set as is used."""
+
+    def decode(self, wanted):
+        assert wanted is False
+        return self
+
+
+def hub(monkeypatch, rows):
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return Rows(rows)
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    return asked
+
+
+def test_a_set_of_the_hub(monkeypatch):
+    picture = {"bytes": scene_file().read_bytes(), "path": None}
+    asked = hub(
+        monkeypatch,
+        [
+            {"image": picture, "question": "which?", "answer": "A"},
+            {"image": picture, "question": "which?", "answer": ["B", "C"]},
+        ],
+    )
+    data = read_data("some/set", None, 10, 0)
+    assert (data.scoring, len(data.items)) == ("choice", 2)
+    assert data.items[1].answers == ("B", "C")
+    assert data.items[0].images()[0].size == (192, 192)
+    read_data("some/set:validation", None, 10, 0)
+    assert asked == [("some/set", "test"), ("some/set", "validation")]
+
+
+def test_a_set_of_the_hub_without_the_columns(monkeypatch):
+    hub(monkeypatch, [{"image": None, "question": "which?", "answer": "A"}])
+    with pytest.raises(AlvtsError, match="no column image"):
+        read_data("some/set", None, 10, 0)
+    hub(monkeypatch, [{"image": None, "text": "which?"}])
+    with pytest.raises(AlvtsError, match="no columns question and answer"):
+        read_data("some/set", None, 10, 0)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(AlvtsError, match="pip install"):
+        read_data("some/set", None, 10, 0)

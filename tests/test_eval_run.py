@@ -1,0 +1,290 @@
+"""The whole table on the untrained pocket: figures, resuming, the command line."""
+
+import json
+import math
+
+import pytest
+import torch
+from cli_tools import alvts, model_folder, refused, scene_file
+
+from alvts_cli.engine import prefill_flops
+from alvts_cli.evaluate import run as run_module
+from alvts_cli.evaluate.batches import collate
+from alvts_cli.evaluate.data import DataSet, read_data
+from alvts_cli.evaluate.figures import summarise
+from alvts_cli.evaluate.run import DENSE, Outcome, Plan, Run, evaluate
+from alvts_cli.evaluate.store import Store
+from alvts_cli.evaluate.table import figures_by_name, to_json
+from alvts_cli.methods import make_method
+from alvts_cli.models import load_model
+from alvts_cli.prompts import build_inputs
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model(str(model_folder()), "cpu")
+
+
+def make_plan(loaded, batch=3, **budgets):
+    runs = {Run(name, str(budget)): (make_method(name), budget) for name, budget in budgets.items()}
+    return Plan(loaded, make_method("dense"), runs, batch)
+
+
+def nothing(steps):
+    pass
+
+
+def test_outcomes(loaded):
+    data = read_data("pocket", None, 7, 0)
+    plan = make_plan(loaded, random=64, vtw=0.5)
+    results = evaluate(plan, data, Store({}), nothing)
+    assert len(results) == 7
+    config = loaded.model.config.text_config
+    for one, item in zip(results, data.items, strict=True):
+        inputs = build_inputs(loaded.processor, item.images(), item.question)
+        text = inputs["input_ids"].shape[1] - 256
+        with torch.inference_mode():
+            logits = loaded.model(**inputs).logits[0, -1]
+            said = loaded.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        answer = loaded.processor.decode(said[0, text + 256 :], skip_special_tokens=True)
+        assert one[DENSE].answer == answer.strip()
+        assert one[DENSE].kl == 0
+        assert one[DENSE].kept == ((256, 16),)
+        assert one[DENSE].slots == 16 * (256 + text)
+        assert one["vtw@0.5"].kept == ((256, 8), (0, 8))
+        assert one["vtw@0.5"].slots == 16 * text + 8 * 256
+        assert one["random@64"].kept == ((64, 16),)
+        assert one["random@64"].flops == prefill_flops(config, [64 + text] * 16, 0, 256).total
+        random = make_method("random")
+        with torch.inference_mode(), random.attached(loaded.model, 64, [item.id]):
+            other = loaded.model(**inputs).logits[0, -1]
+        expected = torch.nn.functional.kl_div(
+            other.log_softmax(-1), logits.log_softmax(-1), reduction="sum", log_target=True
+        )
+        assert one["random@64"].kl == pytest.approx(float(expected), rel=1e-3, abs=1e-5)
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(loaded):
+    data = read_data("pocket", None, 7, 0)
+    plan = make_plan(loaded, random=32)
+    whole = evaluate(plan, data, Store({"run": 1}), nothing)
+    store, steps = Store({"run": 2}), []
+
+    def interrupt(count):
+        steps.append(count)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(plan, data, store, interrupt)
+    # One batch of three runs is finished, two runs of the second are lost.
+    assert len(list(store.folder.iterdir())) == 1
+    steps.clear()
+    assert evaluate(plan, data, Store({"run": 2}), steps.append) == whole
+    assert steps == [3] + [1] * 6
+    store.remove()
+    assert not store.folder.exists()
+
+
+def test_damaged_batches_are_run_again(loaded):
+    data = read_data("pocket", None, 7, 0)
+    plan = make_plan(loaded, batch=7, random=32)
+    store = Store({})
+    whole = evaluate(plan, data, store, nothing)
+    (file,) = store.folder.iterdir()
+    for text in ("", "[]", "3", '[{"dense": {}}]'):
+        file.write_text(text)
+        assert evaluate(plan, data, store, nothing) == whole
+
+
+def test_everything_that_decides_is_in_the_key():
+    assert Store({"a": 1}).folder == Store({"a": 1}).folder
+    assert Store({"a": 1}).folder != Store({"a": 2}).folder
+
+
+def test_collate_pads_on_the_left():
+    one = {"input_ids": torch.tensor([[1, 2]]), "attention_mask": torch.ones(1, 2).long()}
+    other = {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.ones(1, 3).long()}
+    one["pixel_values"] = torch.ones(1, 3, 3, 2, 2)
+    other["pixel_values"] = torch.ones(1, 5, 3, 2, 2)
+    batch = collate([one, other], 7)
+    assert batch["input_ids"].tolist() == [[7, 1, 2], [1, 2, 3]]
+    assert batch["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
+    assert batch["pixel_values"].shape == (2, 5, 3, 2, 2)
+    assert batch["pixel_values"][0].sum() == 3 * 3 * 4
+
+
+def outcome(answer, **more):
+    return Outcome(answer, **{"kl": 0.0, "kept": ((8, 4),), "flops": 100, "slots": 40, **more})
+
+
+def test_figures_by_hand(loaded):
+    full = read_data("pocket", None, 14, 0)
+    items = [item for item in full.items if item.kind in ("color", "shape")]
+    data = DataSet("hand", tuple(items), "exact", 4)
+    right = [item.answers[0] for item in items]
+    assert len(items) == 4
+    cheap = dict(kl=0.5, kept=((8, 1), (2, 3)), flops=25, slots=20)
+    results = [
+        {
+            "dense": outcome(right[i] if i < 2 else "wrong"),
+            "blind": outcome("wrong"),
+            "dart@2": outcome(right[i] if i == 0 else "wrong", **cheap),
+            "alvts@2": outcome(right[i] if i < 3 else "no", **cheap),
+        }
+        for i in range(4)
+    ]
+    runs = [Run("dart", "2"), Run("alvts", "2")]
+    config = loaded.model.config.text_config
+    summary = summarise(data, results, runs, 0, config, 4)
+    assert (summary.head.dense, summary.head.blind, summary.head.samples) == (50, 0, 4)
+    assert summary.visual_tokens == 8
+    assert summary.kinds["color"].dense == 100 and summary.kinds["shape"].dense == 0
+    figures = figures_by_name(summary)
+    assert figures["dart@2.accuracy"] == 25
+    assert figures["dart@2.retention"] == 50
+    assert figures["alvts@2.retention"] == 150
+    assert figures["dart@2.difference"] == -25
+    assert figures["dart@2.over_alvts"] == -50
+    assert figures["alvts@2.over_alvts"] == 0
+    assert figures["dart@2.agreement"] == 75
+    assert figures["alvts@2.agreement"] == 50
+    assert figures["dart@2.kl"] == 0.5
+    assert (figures["dart@2.tokens"], figures["dart@2.tokens_after"]) == (3.5, 2)
+    assert (figures["dart@2.flops"], figures["dart@2.kv"]) == (25, 50)
+    low, high = figures["alvts@2.over_alvts_low"], figures["dart@2.over_alvts_high"]
+    assert (low, high <= 0) == (0, True)
+    plain = to_json(summary, data, results, kinds=True)
+    assert json.loads(json.dumps(plain, allow_nan=False))["rows"][0]["kinds"]["color"] == 50
+    assert plain["samples"][0]["said"]["dart@2"]["right"] is True
+
+
+def test_chance_is_the_commonest_answer_of_each_kind(loaded):
+    data = read_data("pocket", None, 70, 0)
+    results = [{"dense": outcome("x"), "blind": outcome("x")} for _ in data.items]
+    summary = summarise(data, results, [], 0, loaded.model.config.text_config, 4)
+    for kind, head in summary.kinds.items():
+        answers = [item.answers[0] for item in data.items if item.kind == kind]
+        assert head.chance == pytest.approx(100 * max(map(answers.count, answers)) / 10)
+    assert summary.head.chance == pytest.approx(
+        sum(head.chance for head in summary.kinds.values()) / 7
+    )
+
+
+COMMAND = ("eval", "--model", model_folder(), "--methods", "dense,alvts,random", "--keep", "64,0.1")
+SMALL = ("--samples", 7, "--batch", 4)
+
+
+def test_the_command(tmp_path, cache):
+    file = tmp_path / "out.json"
+    gate = ("--gate", "alvts@64.tokens==64", "--gate", "random@0.1.kv<=20")
+    result = alvts(*COMMAND, *SMALL, "--by-kind", "--json", file, *gate)
+    assert result.exit_code == 0, result.output
+    out = result.stdout
+    assert "pocket: 7 questions, exact scoring, 256 visual tokens" in out
+    for word in ("dense", "blind (grey picture)", "chance", "64x16", "25x16", "relation"):
+        assert word in out
+    assert out.count("gate passed") == 2
+    whole = json.loads(file.read_text())
+    (data,) = whole["data"]
+    assert [(row["method"], row["keep"]) for row in data["rows"]] == [
+        ("alvts", "64"),
+        ("random", "64"),
+        ("alvts", "0.1"),
+        ("random", "0.1"),
+    ]
+    row = data["rows"][0]
+    assert row["tokens"] == row["tokens_after"] == 64
+    # 16 layers of about 12 text tokens; the selectors are counted.
+    assert 20 < row["kv"] < 30 and row["flops"] > data["rows"][1]["flops"]
+    assert set(data["samples"][0]["said"]) == {
+        *("dense", "blind", "alvts@64", "random@64", "alvts@0.1", "random@0.1")
+    }
+    assert not any(math.isnan(v) for v in row.values() if isinstance(v, float))
+    assert not list((cache / "alvts" / "eval").iterdir())
+    # Same seed, same table.
+    assert alvts(*COMMAND, *SMALL, "--by-kind", *gate).stdout == out
+
+
+def test_an_interrupted_command_goes_on(monkeypatch, cache):
+    command = (*COMMAND, "--samples", 7, "--batch", 3)
+    whole = alvts(*command).stdout
+    real, batches = run_module._batch, []
+
+    def counted(*args):
+        batches.append(args)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(run_module, "_batch", counted)
+    result = alvts(*command)
+    assert result.exit_code == 130
+    assert "same command" in result.stderr
+    assert result.stdout == ""
+    assert alvts(*command).stdout == whole
+    # One before the interrupt, the one it hit, and the two that were left.
+    assert len(batches) == 4
+    batches.clear()
+    assert alvts(*command, "--fresh").exit_code == 130
+
+
+def test_a_failed_gate_says_by_how_much():
+    result = alvts(*COMMAND, *SMALL, "--gate", "alvts@64.tokens<=60")
+    assert result.exit_code == 1
+    assert "gate failed: alvts@64.tokens<=60, measured 64, off by 4" in result.stdout
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (("--methods", "alvts,fast"), "unknown method 'fast'"),
+        (("--keep", "0"), "--keep"),
+        (("--keep", "64,64.0"), "twice"),
+        (("--keep", "many"), "--keep"),
+        (("--scoring", "kind"), "unknown scoring"),
+        (("--gate", "alvts@64.speed>1"), "unknown figure"),
+        (("--gate", "vtw@64.retention>1"), "leaves out"),
+        (("--samples", "0"), "--samples"),
+    ],
+)
+def test_bad_options_are_one_line_before_the_model_is_loaded(more, word):
+    command = ("eval", "--model", "/nowhere", "--methods", "alvts", "--keep", "64")
+    assert word in refused(*command, *more, code=2)
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (("--data", "nothing here"), "no evaluation data"),
+        (("--data", "missing.json"), "no file"),
+        (("--json", "/nowhere/out.json"), "cannot write"),
+        (("--selectors", "missing.safetensors"), "missing.safetensors"),
+    ],
+)
+def test_bad_inputs_are_one_line(more, word):
+    assert word in refused(*COMMAND, *more)
+
+
+def test_a_damaged_picture_is_one_line(tmp_path):
+    (tmp_path / "a.png").write_bytes(scene_file().read_bytes()[:200])
+    record = {"image": "a.png", "text": "is there a circle?", "label": "yes"}
+    (tmp_path / "set.json").write_text(json.dumps([record]))
+    assert "a.png" in refused(*COMMAND, "--data", tmp_path / "set.json")
+
+
+def test_without_selectors_it_says_what_to_do(tmp_path):
+    import shutil
+
+    bare = tmp_path / "bare"
+    shutil.copytree(model_folder(), bare)
+    (bare / "selectors.safetensors").unlink()
+    line = refused("eval", "--model", bare, "--methods", "alvts", *SMALL)
+    assert "alvts calibrate" in line and "--methods" in line

@@ -1,0 +1,165 @@
+"""Normalising answers, scoring them, gates, and intervals."""
+
+import math
+
+import numpy as np
+import pytest
+
+from alvts_cli import AlvtsError
+from alvts_cli.evaluate.bootstrap import Bootstrap
+from alvts_cli.evaluate.gates import FIGURES, parse_gate
+from alvts_cli.evaluate.scoring import choice, exact, normalise, suitable, yes_no
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The Cat.", "cat"),
+        ("  two   dogs ", "2 dogs"),
+        ("ten", "10"),
+        ("none", "0"),
+        ("someone", "someone"),
+        ("1,000", "1000"),
+        ("1, 2", "1 2"),
+        ("3.5 m.", "3.5 m"),
+        ("don't", "dont"),
+        ("top-left", "top left"),
+        ('"red"; (dark)', "red dark"),
+        ("Yes!", "yes"),
+        ("an", "an"),
+        ("", ""),
+        ("10:30", "10:30"),
+    ],
+)
+def test_normalise(text, expected):
+    assert normalise(text) == expected
+
+
+def test_exact_takes_any_of_the_answers():
+    assert exact("A red one", ["red 1"])
+    assert exact("two", ["three", "2"])
+    assert not exact("two dogs", ["two"])
+    assert not exact("", ["red"])
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "hit"),
+    [
+        ("Yes, there is a dog.", "yes", True),
+        ("no", "No", True),
+        ("There is no dog", "no", True),
+        ("Yes. There is no cat.", "no", False),
+        ("nothing", "no", False),
+        ("I see a dog", "yes", False),
+    ],
+)
+def test_yes_no(said, right, hit):
+    assert yes_no(said, [right]) is hit
+
+
+@pytest.mark.parametrize(
+    ("said", "letter"),
+    [
+        ("B", "B"),
+        ("b.", "B"),
+        ("(C)", "C"),
+        ("D: a dog", "D"),
+        ("The answer is B", "B"),
+        ("A dog", "A"),
+        ("I think it is C.", "C"),
+        ("a dog", None),
+        ("", None),
+    ],
+)
+def test_choice(said, letter):
+    for right in "ABCD":
+        assert choice(said, [right]) is (right == letter)
+
+
+@pytest.mark.parametrize(
+    ("answers", "name"),
+    [
+        ([["yes"], ["No"]], "yes-no"),
+        ([["A"], ["D"]], "choice"),
+        ([["yes"], ["red"]], "exact"),
+        ([["A"], ["dog"]], "exact"),
+    ],
+)
+def test_the_answers_choose_the_scoring(answers, name):
+    assert suitable(answers) == name
+
+
+def test_a_gate_names_method_budget_and_figure():
+    gate = parse_gate("random-static@0.11.retention >= 97", ["random-static"], ["0.11"])
+    assert str(gate) == "random-static@0.11.retention>=97"
+    passed, line = gate.check({"random-static@0.11.retention": 95.5})
+    assert not passed
+    assert "measured 95.5, off by 1.5" in line
+    assert gate.check({"random-static@0.11.retention": 97.0})[0]
+    assert not gate.check({"random-static@0.11.retention": math.nan})[0]
+    assert parse_gate("alvts@64.kl<0.5", ["alvts"], ["192", "64"]).metric == "alvts@64.kl"
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("retention>=97", "METHOD@BUDGET"),
+        ("alvts.retention>=97", "METHOD@BUDGET"),
+        ("alvts@64.retention", "METHOD@BUDGET"),
+        ("fast@64.retention>=97", "unknown method 'fast'"),
+        ("vtw@64.retention>=97", "leaves out"),
+        ("dense@64.retention>=97", "dense"),
+        ("alvts@65.retention>=97", "--keep leaves out"),
+        ("alvts@64.speed>=97", "unknown figure 'speed'"),
+        ("alvts@64.kl<=small", "not a number"),
+        ("alvts@64.kl<=nan", "not a number"),
+    ],
+)
+def test_bad_gates(text, word):
+    with pytest.raises(AlvtsError) as caught:
+        parse_gate(text, ["dense", "alvts"], ["64"])
+    assert word in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_gate_over_alvts_needs_alvts():
+    with pytest.raises(AlvtsError, match="needs alvts"):
+        parse_gate("dart@64.over_alvts<0", ["dart"], ["64"])
+    assert "over_alvts" in FIGURES
+
+
+def test_intervals_are_those_of_the_binomial():
+    right = np.array([1.0] * 300 + [0.0] * 100)
+    interval = Bootstrap(400, 0).mean(right)
+    error = 1.96 * math.sqrt(0.75 * 0.25 / 400)
+    assert interval.value == 0.75
+    assert interval.low == pytest.approx(0.75 - error, abs=0.006)
+    assert interval.high == pytest.approx(0.75 + error, abs=0.006)
+
+
+def test_pairing_narrows_a_ratio():
+    """Two methods that fail on the same samples differ for sure; unpaired they would not."""
+    dense = np.array([1.0] * 200 + [0.0] * 200)
+    method = dense.copy()
+    method[:10] = 0
+    bootstrap = Bootstrap(400, 0)
+    paired = bootstrap.ratio(method, dense)
+    assert paired.value == 0.95
+    assert paired.high < 1 and paired.low > 0.91
+    unpaired = bootstrap.ratio(np.random.default_rng(1).permutation(method), dense)
+    assert unpaired.high > 1.05
+    same = bootstrap.ratio(dense, dense)
+    assert (same.low, same.value, same.high) == (1, 1, 1)
+
+
+def test_same_seed_same_interval():
+    values = np.random.default_rng(0).random(50)
+    assert Bootstrap(50, 1).mean(values) == Bootstrap(50, 1).mean(values)
+    assert Bootstrap(50, 1).mean(values) != Bootstrap(50, 2).mean(values)
+
+
+def test_a_ratio_to_nothing_is_not_defined():
+    interval = Bootstrap(3, 0).ratio(np.ones(3), np.zeros(3))
+    assert math.isnan(interval.value) and math.isnan(interval.low)
+    one = Bootstrap(1, 0).mean(np.ones(1))
+    assert (one.low, one.value, one.high) == (1, 1, 1)

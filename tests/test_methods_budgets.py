@@ -1,0 +1,294 @@
+"""From a layer average to each method's own settings, and the families and batches they run on."""
+
+import math
+
+import pytest
+import torch
+from methods_tools import LAYERS, attached_run, deep_model, dense_run, prompts
+from tiny import FAMILIES, Prompt, make_inputs, make_model, make_selectors, one_image
+
+from alvts_cli import AlvtsError
+from alvts_cli.engine import LayerSelector, fold
+from alvts_cli.methods import METHODS, make_method
+from alvts_cli.methods.base import Method
+from alvts_cli.methods.downsample import Downsample, _grid, _pictures, _pooling, _shares
+
+
+def schedule(name, budget, visual=576, layers=32):
+    return make_method(name).schedule(visual, layers, budget)
+
+
+def average(counts):
+    return sum(counts) / len(counts)
+
+
+@pytest.mark.parametrize(("budget", "kept"), [(192, 166), (128, 98), (64, 30)])
+def test_fastv_at_the_published_budgets(budget, kept):
+    assert schedule("fastv", budget) == (576,) * 2 + (kept,) * 30
+
+
+@pytest.mark.parametrize(
+    ("budget", "stages"), [(192, (312, 156, 78)), (128, (184, 92, 46)), (64, (56, 28, 14))]
+)
+def test_pyramiddrop_at_the_published_budgets(budget, stages):
+    first, second, third = stages
+    counts = (576,) * 2 + (first,) * 8 + (second,) * 10 + (third,) * 12
+    assert schedule("pyramiddrop", budget) == counts
+    assert average(counts) == budget
+
+
+@pytest.mark.parametrize(
+    ("budget", "per_pivot", "reached"), [(192, 20, 189.75), (128, 12, 129.75), (64, 3, 62.25)]
+)
+def test_dart_at_the_published_budgets(budget, per_pivot, reached):
+    counts = schedule("dart", budget)
+    assert counts == (576,) * 2 + (4 + 8 * per_pivot,) * 30
+    assert average(counts) == reached
+
+
+@pytest.mark.parametrize(("budget", "layer"), [(192, 11), (128, 7), (64, 4)])
+def test_vtw_takes_the_nearest_layer(budget, layer):
+    assert schedule("vtw", budget) == (576,) * layer + (0,) * (32 - layer)
+
+
+@pytest.mark.parametrize("name", ["random", "random-static", "downsample", "oracle"])
+def test_the_others_keep_the_same_everywhere(name):
+    assert schedule(name, 64) == (64,) * 32
+
+
+def test_dense_keeps_everything():
+    assert schedule("dense", 64) == (576,) * 32
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4, 16, 28, 32, 36, 40])
+@pytest.mark.parametrize("visual", [1, 3, 7, 24, 256, 577])
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "alvts"])
+def test_any_depth_and_any_number_of_tokens(name, visual, layers):
+    if name in ("fastv", "dart") and layers == 1:
+        pytest.skip("there is no layer to prune at")
+    before = 0.0
+    for budget in sorted({1, math.ceil(visual / 3), visual}):
+        counts = schedule(name, budget, visual, layers)
+        assert len(counts) == layers
+        assert all(0 <= count <= visual for count in counts)
+        # What is dropped stays dropped, and more budget never means fewer tokens.
+        assert list(counts) == sorted(counts, reverse=True)
+        assert average(counts) >= before
+        before = average(counts)
+    assert counts == (visual,) * layers
+
+
+@pytest.mark.parametrize(
+    ("name", "slack"), [("fastv", 0.5), ("pyramiddrop", 0.5), ("dart", 3.75), ("vtw", 8.0)]
+)
+@pytest.mark.parametrize("ratio", [1 / 3, 2 / 9, 1 / 9])
+def test_a_model_of_16_layers_comes_as_near(name, slack, ratio):
+    budget = math.floor(256 * ratio)
+    assert abs(average(schedule(name, budget, 256, 16)) - budget) <= slack
+
+
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "dart"])
+def test_two_full_layers_where_the_budget_has_room_for_them(name):
+    assert schedule(name, 56, 256, 16)[:3].count(256) == 2
+    assert schedule(name, 28, 256, 16)[:3].count(256) == 1
+    assert schedule(name, 64, 576, 40)[:3].count(576) == 2
+
+
+@pytest.mark.parametrize("name", ["fastv", "pyramiddrop", "dart"])
+def test_samples_of_a_batch_may_be_pruned_at_different_layers(name):
+    model = make_model("llava_next")
+    samples = [one_image("llava_next"), Prompt([1, 5, 9, 11, 12], [(16, 32)], seed=3)]
+    method = make_method(name)
+    batch = make_inputs(model, *samples)
+    # As `generate` has it. The L1 norms that DART goes by change with the absolute position.
+    positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        with method.attached(model, 40, ["a", "b"]) as attachment:
+            together = model(**batch, position_ids=positions).logits[:, -1]
+            first, second = zip(*attachment.last.kept, strict=True)
+            assert first[1] < first[0] and second[1] == second[0] > second[2]
+        for b, sample in enumerate(samples):
+            with method.attached(model, 40, ["ab"[b]]):
+                alone = model(**make_inputs(model, sample)).logits[0, -1]
+            torch.testing.assert_close(together[b], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_ratio_is_solved_for_every_sample():
+    for name in ("fastv", "pyramiddrop", "dart"):
+        for held, prompt in zip(attached_run(name, 0.375, prompts()), prompts(), strict=True):
+            alone = attached_run(name, 24, [prompt])[0]
+            assert alone.ran == held.ran
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_padded_batch_equals_singles(family, name):
+    model = make_model(family)
+    samples = [one_image(family), Prompt([1, 5, 9], one_image(family, 3).images, seed=3)]
+    method = make_method(name, make_selectors())
+    options = dict(
+        max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True
+    )
+    with torch.no_grad():
+        with method.attached(model, 0.4, ["a", "b"]):
+            together = model.generate(**make_inputs(model, *samples), **options)
+        for b, sample in enumerate(samples):
+            with method.attached(model, 0.4, ["ab"[b]]):
+                alone = model.generate(**make_inputs(model, sample), **options)
+            for a, c in zip(together.logits, alone.logits, strict=True):
+                torch.testing.assert_close(a[b], c[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_leave_the_model_as_it_was(name):
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+
+    def hooks():
+        return [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
+
+    before = hooks()
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        with make_method(name, make_selectors()).attached(model, 0.4, ["a"]):
+            changed = model(**inputs).logits
+        assert hooks() == before
+        assert torch.equal(model(**inputs).logits, dense)
+    assert torch.equal(changed, dense) == (name == "dense")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_eager_attention_is_not_needed_and_changes_nothing(name):
+    logits = []
+    for attn in ("sdpa", "eager"):
+        model = make_model("llava", attn)
+        with torch.no_grad(), make_method(name, make_selectors()).attached(model, 0.4, ["a"]):
+            logits.append(model(**make_inputs(model, one_image("llava"))).logits)
+        assert model.config.text_config._attn_implementation == attn
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_oracle_is_alvts_with_a_perfect_selector():
+    """One head and no rotation: the selector can be the projections themselves."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import LlavaForConditionalGeneration as Llava
+
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=4,
+    )
+    text = LlamaConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    model = Llava(LlavaConfig(vision_config=vision, text_config=text, image_token_id=90)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+        model.model.language_model.rotary_emb.inv_freq.zero_()
+    layers = []
+    for layer in model.model.language_model.layers:
+        attention, one = layer.self_attn, torch.eye(8)
+        norm = layer.input_layernorm
+        query, key, bias = fold(
+            one, attention.q_proj.weight, one, attention.k_proj.weight, None, norm.weight, 8
+        )
+        layers.append(LayerSelector(query.detach(), key.detach(), bias, norm.variance_epsilon))
+    selectors = make_selectors(causal=True)
+    selectors.layers = layers
+    inputs = make_inputs(model, *prompts())
+    with torch.no_grad():
+        with make_method("alvts", selectors).attached(model, 16, ["a", "b"]):
+            fitted = model(**inputs).logits
+        with make_method("oracle").attached(model, 16, ["a", "b"]):
+            perfect = model(**inputs).logits
+    torch.testing.assert_close(fitted, perfect, rtol=1e-4, atol=1e-4)
+
+
+def test_shares_of_several_pictures_add_up():
+    assert _shares(10, [4, 4]) == [5, 5]
+    assert sum(_shares(7, [4, 9, 2])) == 7
+
+
+@pytest.mark.parametrize(
+    ("count", "aspect", "grid"),
+    [(64, 1, (8, 8)), (128, 1, (12, 11)), (50, 2, (10, 5)), (1, 1, (1, 1)), (2, 0.5, (1, 2))],
+)
+def test_grids_come_near_count_and_shape(count, aspect, grid):
+    assert _grid(count, aspect) == grid
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 28, 56, 84, 255, 256])
+def test_cells_cover_the_picture_once(count):
+    average, middles = _pooling((False,) * 256, 16, count)
+    assert average.shape == (count, 256)
+    assert ((average > 0).sum(dim=0) == 1).all()
+    torch.testing.assert_close(average.sum(dim=1), torch.ones(count))
+    assert len(set(middles.tolist())) == count
+    assert (average[torch.arange(count), middles] > 0).all()
+
+
+def test_tiles_come_after_the_whole_picture():
+    # A view of 2 x 2, then tiles of 2 rows of 3, each row with its end.
+    row = (False, False, False, True)
+    breaks = (False,) * 4 + row + row
+    ((whole, tiles),) = _pictures(breaks, 2)
+    assert (whole.start, whole.rows, whole.columns) == (0, 2, 2)
+    assert (tiles.start, tiles.rows, tiles.columns, tiles.stride) == (4, 2, 3, 4)
+    # Three cells are two above, one below.
+    assert _pooling(breaks, 2, 3)[1].tolist() == [0, 1, 3]
+    # Four tokens of the whole picture, the fifth is the mean of all tiles.
+    average, middles = _pooling(breaks, 2, 5)
+    assert average[4].nonzero()[:, 0].tolist() == [4, 5, 6, 8, 9, 10]
+    assert middles[:4].tolist() == [0, 1, 2, 3]
+    with pytest.raises(AlvtsError, match="make pictures"):
+        _pictures((False,) * 5, 2)
+
+
+def test_qwen_gets_a_smaller_picture():
+    from PIL import Image
+
+    class Processor:
+        class image_processor:
+            @staticmethod
+            def get_number_of_image_patches(height, width, options):
+                return (height // 4) * (width // 4)
+
+    model = make_model("qwen2_5_vl")
+    picture = Image.new("RGB", (64, 128))
+    (smaller,) = Downsample().images(model, Processor, [picture], 0.25)
+    # 16 x 8 merged cells become 8 x 4, of 8 pixels each.
+    assert smaller.size == (32, 64)
+    assert Downsample().images(make_model("llava"), Processor, [picture], 0.25) == [picture]
+
+
+def test_a_new_method_is_one_class_with_one_method():
+    class First(Method):
+        def importance(self, layer_index, layer, hidden, plan, layer_kwargs):
+            positions = torch.arange(plan.tokens).float().expand(hidden.shape[:2])
+            return (-positions).masked_fill(~plan.visual, -torch.inf)
+
+    model = deep_model()
+    inputs = make_inputs(model, *prompts())
+    with torch.no_grad(), First().attached(model, 5, ["a", "b"]) as attachment:
+        model(**inputs)
+    assert attachment.last.kept == ((5, 5),) * LAYERS
+    assert dense_run(prompts()[0]).visual[0] == 2
+
+
+def test_bad_names_and_missing_selectors():
+    with pytest.raises(AlvtsError, match="unknown method 'fast'"):
+        make_method("fast")
+    with pytest.raises(AlvtsError, match="needs selectors"):
+        make_method("alvts")

@@ -1,0 +1,141 @@
+"""From a picture and a question to the model's inputs."""
+
+from io import BytesIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from alvts_cli import AlvtsError
+from alvts_cli.pocket.build import make_processor
+from alvts_cli.pocket.words import IMAGE, make_prompt
+from alvts_cli.prompts import build_inputs, read_image
+
+PICTURE = Image.new("RGB", (40, 30), "red")
+
+
+def rendered(processor: Any, prompt: str, images: int = 1) -> str:
+    """The words the processor was given."""
+    told: list[str] = []
+
+    class Spy:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(processor, name)
+
+        def __call__(self, text: list[str], **more: Any) -> Any:
+            told.extend(text)
+            return processor(text=text, **more)
+
+    Spy.__name__ = type(processor).__name__
+    build_inputs(Spy(), [PICTURE] * images, prompt)
+    return told[0]
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_without_a_template_the_familys_own_prompt_is_used(images: int) -> None:
+    processor = make_processor()
+    question = "what color is the circle?"
+    inputs = build_inputs(processor, [PICTURE] * images, question)
+    expected = processor(
+        images=[PICTURE] * images,
+        text=make_prompt(question, images),
+        return_tensors="pt",
+    )
+    assert inputs["input_ids"].tolist() == expected["input_ids"].tolist()
+    assert inputs["pixel_values"].shape[0] == images
+    token = processor.tokenizer.convert_tokens_to_ids(IMAGE)
+    assert (inputs["input_ids"] == token).sum() == 256 * images
+
+
+def test_a_marker_says_where_images_stand() -> None:
+    processor = make_processor()
+    assert rendered(processor, "<image>\nwhat?") == rendered(processor, "what?")
+    assert rendered(processor, "in <image> what?") == "USER: in<image>\nwhat? ASSISTANT:"
+    both = rendered(processor, "<image> or <image>?", images=2)
+    assert both == "USER: <image>\nor<image>\n? ASSISTANT:"
+
+
+def test_a_chat_template_is_used_and_its_first_token_not_doubled() -> None:
+    processor = make_processor()
+    processor.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{% for c in m.content %}"
+        "{% if c.type == 'image' %}<image>{% else %}{{ c.text }}{% endif %}"
+        "{% endfor %}]{% endfor %}{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+    )
+    assert rendered(processor, "what?") == "<s>[<image>what?] ASSISTANT:"
+    ids = build_inputs(processor, [PICTURE], "what?")["input_ids"][0].tolist()
+    assert ids.count(processor.tokenizer.bos_token_id) == 1
+    processor.chat_template = "{% for m in messages %}no place{% endfor %}"
+    with pytest.raises(AlvtsError, match="no place for images"):
+        build_inputs(processor, [PICTURE], "what?")
+
+
+def test_qwens_own_prompt() -> None:
+    class QwenProcessor:
+        image_token = "<|image_pad|>"
+        chat_template = None
+        tokenizer = SimpleNamespace(bos_token=None)
+
+        def __call__(self, text: list[str], **more: Any) -> Any:
+            self.text = text[0]
+            return {"input_ids": SimpleNamespace(shape=(1, 5))}
+
+    processor = QwenProcessor()
+    build_inputs(processor, [PICTURE], "what?")
+    assert processor.text.endswith(
+        "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>what?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    # The model's own placeholder counts as a place too, and cannot smuggle one in.
+    with pytest.raises(AlvtsError, match="2 places for images"):
+        build_inputs(processor, [PICTURE], "<|image_pad|> <image>")
+
+
+def test_prompts_without_room() -> None:
+    processor = make_processor()
+    with pytest.raises(AlvtsError, match=r"has 2 places for images .* but gets 1"):
+        build_inputs(processor, [PICTURE], "<image> <image>")
+    with pytest.raises(AlvtsError, match=r"has 1 places for images .* but gets 2"):
+        build_inputs(processor, [PICTURE] * 2, "<image> what?")
+    with pytest.raises(AlvtsError, match="at least one image"):
+        build_inputs(processor, [], "what?")
+    with pytest.raises(AlvtsError, match="make 263 tokens but the model takes 262"):
+        build_inputs(processor, [PICTURE], "what is it?", max_tokens=262)
+    build_inputs(processor, [PICTURE], "what is it?", max_tokens=263)
+
+
+def test_pictures_are_read_as_rgb_and_upright(tmp_path: Path) -> None:
+    for mode in ("RGB", "RGBA", "P", "L", "1", "LA", "I;16"):
+        Image.new(mode, (4, 2)).save(tmp_path / "a.png")
+        assert read_image(tmp_path / "a.png").mode == "RGB"
+    turned = Image.new("RGB", (4, 2))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "a.jpg", exif=exif)
+    assert read_image(tmp_path / "a.jpg").size == (2, 4)
+    assert read_image(BytesIO((tmp_path / "a.jpg").read_bytes()), "x").size == (2, 4)
+
+
+def test_pictures_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(AlvtsError, match="there is no image"):
+        read_image(tmp_path / "none.png")
+    with pytest.raises(AlvtsError, match="Is a directory"):
+        read_image(tmp_path)
+    whole = BytesIO()
+    PICTURE.save(whole, "JPEG")
+    PICTURE.save(tmp_path / "a.eps")
+    bad = {
+        "a.jpg": b"words",
+        "b.png": b"",
+        "c.jpg": whole.getvalue()[:200],
+        "d.png": (tmp_path / "a.eps").read_bytes(),
+    }
+    for name, data in bad.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(AlvtsError, match=f"{name}: it is damaged or not a picture"):
+            read_image(tmp_path / name)
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(AlvtsError, match=r"has more than 89 million pixels"):
+        read_image(tmp_path / "bomb.png")
