@@ -1,0 +1,20 @@
+"""Fitting the selectors of a model, offline, with the model frozen.
+
+1. `data` reads samples (`sources`, `hub`), `capture` runs them up to the first decoder layer.
+2. `sweep` goes through the layers with one layer's hidden states in memory:
+   - the reference `S*` is computed from the layer's real attention (`alvts_cli.engine.probe`),
+   - `initialise` starts the factors from a truncated SVD,
+   - `align` moves them until the importance they give matches `S*`,
+   - recall is measured on samples that were not fitted,
+   - `checkpoint` keeps the finished layer, and the layer itself makes the next one's input.
+3. `run` puts it together into an `alvts_cli.artifact.Artifact`; `report` is the table at the end.
+
+Nothing in `alvts_cli.engine` knows of this package.
+"""
+
+from .checkpoint import Checkpoint
+from .data import Reader, Sample, read_data
+from .run import Watch, calibrate
+from .settings import Settings
+
+__all__ = ["Checkpoint", "Reader", "Sample", "Settings", "Watch", "calibrate", "read_data"]

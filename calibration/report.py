@@ -1,0 +1,23 @@
+"""The table at the end of a calibration."""
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from alvts_cli.artifact import CalibrationRecord
+
+
+def fit_table(record: CalibrationRecord) -> Table:
+    """Loss and recall of every layer, and their means, before the fit and after it."""
+    table = Table("layer", box=SIMPLE_HEAD)
+    for column in ("loss before", "loss after", "recall before", "recall after"):
+        table.add_column(column, justify="right")
+    rows = [(str(i), fit) for i, fit in enumerate(record.layers)]
+    for name, fit in [*rows, ("mean", record.mean)]:
+        table.add_row(
+            name,
+            f"{fit.loss_before:.4f}",
+            f"{fit.loss_after:.4f}",
+            f"{fit.recall_before:.3f}",
+            f"{fit.recall_after:.3f}",
+        )
+    return table

@@ -1,0 +1,187 @@
+"""The whole of a calibration, from samples to an artifact."""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from alvts_cli import __version__
+from alvts_cli.artifact import Artifact, CalibrationRecord, LayerFit, fingerprint
+from alvts_cli.errors import AlvtsError
+from alvts_cli.families import family_of
+from alvts_cli.prompts import build_inputs
+
+from .capture import Captured, capture
+from .checkpoint import Checkpoint
+from .data import Reader, Sample
+from .settings import Settings, default_rank
+from .sweep import sweep
+
+
+def _ignore(*_: Any) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Called as a run goes on.
+
+    Attributes:
+        sample: after a sample went through the vision tower; gets their number so far.
+        skipped: gets a line about a sample that could not be used.
+        layer: after a layer is finished (and on disk, with a checkpoint); gets its index, from
+            0, the number of layers, and how good the fit is.
+    """
+
+    sample: Callable[[int], None] = _ignore
+    skipped: Callable[[str], None] = _ignore
+    layer: Callable[[int, int, LayerFit], None] = _ignore
+
+
+def calibrate(
+    model: Any,
+    processor: Any,
+    samples: Reader | Iterable[Sample],
+    settings: Settings | None = None,
+    *,
+    data: str | None = None,
+    model_id: str | None = None,
+    revision: str | None = None,
+    checkpoint: Checkpoint | None = None,
+    watch: Watch | None = None,
+) -> Artifact:
+    """Fit the selectors of every layer of `model`, which is left as it was.
+
+        artifact = calibrate(model, processor, read_data("photos/", None, 256, seed=0))
+        save_artifact(artifact, Path("my.alvts.safetensors"))
+
+    The same model, samples and settings on the same machine and number of threads give the same
+    artifact, also when resumed.
+
+    Args:
+        model: of a known family, loaded whole and in eval mode.
+        processor: of the model.
+        samples: read one at a time; images are not held on to.
+        settings: None for the defaults.
+        data: what the samples are, in words; by default what a `Reader` says.
+        model_id: hub id, name or folder, for the artifact; by default the model's own.
+        revision: commit on the hub, for the artifact.
+        checkpoint: keeps finished layers; the caller removes it once the artifact is written.
+        watch: is told how far things are.
+
+    Raises:
+        AlvtsError: an unknown architecture, quantised weights, too few usable samples, a rank
+            above the model's, numbers that are not finite, or a checkpoint of another run.
+    """
+    settings = settings or Settings()
+    watch = watch or Watch()
+    family = family_of(model)
+    family.check(model)
+    config: Any = family.text_model(model).config
+    rank = settings.rank or default_rank(config.hidden_size)
+    layers: Any = family.layers(model)
+    most = min(family.query_key(layers[0], config).w_q.shape)
+    if rank > most:
+        raise AlvtsError(f"rank {rank} is more than this model allows; at most {most}")
+    settings = replace(settings, rank=rank)
+    values = fingerprint(model)
+    versions = {
+        "alvts": __version__,
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
+
+    captured, ids = _capture_all(model, processor, samples, watch)
+    fitted, held_out, order = _split(captured, settings)
+    digest = hashlib.sha256("\n".join(ids[i] for i in order).encode()).hexdigest()
+    if data is None:
+        data = samples.description if isinstance(samples, Reader) else "samples given in memory"
+    if checkpoint:
+        checkpoint.begin(
+            {
+                "weights": hashlib.sha256(values.numpy().tobytes()).hexdigest(),
+                "dtype": str(model.dtype),
+                "data": data,
+                "samples": digest,
+                "settings": asdict(settings),
+                "versions": versions,
+            }
+        )
+
+    results = sweep(
+        model,
+        fitted,
+        held_out,
+        settings,
+        rank,
+        checkpoint,
+        lambda i, fit: watch.layer(i, len(layers), fit),
+    )
+    return Artifact(
+        layers=tuple(result.selector for result in results),
+        causal=settings.causal,
+        default_keep=settings.keep,
+        schedule=None,
+        model_id=model_id or config_name(model),
+        revision=revision,
+        family=family.name,
+        fingerprint=values,
+        calibration=CalibrationRecord(
+            data=data,
+            fitted=len(fitted),
+            held_out=len(held_out),
+            sample_ids=digest,
+            settings=asdict(settings),
+            versions=versions,
+            layers=tuple(result.fit for result in results),
+        ),
+    )
+
+
+def config_name(model: Any) -> str:
+    """What the model was loaded from, as far as it knows."""
+    return getattr(model.config, "_name_or_path", "") or "a model without a name"
+
+
+def _capture_all(
+    model: Any, processor: Any, samples: Iterable[Sample], watch: Watch
+) -> tuple[list[Captured], list[str]]:
+    """What reaches layer 0, and the ids, of all samples that can be used."""
+    text_config: Any = family_of(model).text_model(model).config
+    captured: list[Captured] = []
+    ids: list[str] = []
+    broken: list[str] = []
+    for sample in samples:
+        try:
+            # The prompt alone, without the answer: it is what prefill sees in use.
+            inputs = build_inputs(
+                processor, sample.images, sample.prompt, text_config.max_position_embeddings
+            )
+            captured.append(capture(model, inputs.to(model.device, model.dtype)))
+        except AlvtsError as error:
+            broken.append(f"{sample.id}: {error}")
+            watch.skipped(broken[-1])
+            continue
+        ids.append(sample.id)
+        watch.sample(len(ids))
+    if isinstance(samples, Reader):
+        broken = samples.skipped + broken
+    if len(captured) < 3:
+        why = f"; {len(broken)} were skipped, such as {broken[0]}" if broken else ""
+        raise AlvtsError(f"only {len(captured)} usable samples, at least 3 are needed{why}")
+    return captured, ids
+
+
+def _split(
+    captured: list[Captured], settings: Settings
+) -> tuple[list[Captured], list[Captured], list[int]]:
+    """Samples to fit on, samples to measure on, and the order that was drawn."""
+    order = list(range(len(captured)))
+    random.Random(settings.seed).shuffle(order)
+    count = min(len(order) - 2, max(1, round(len(order) * settings.held_out)))
+    shuffled = [captured[i] for i in order]
+    return shuffled[:-count], shuffled[-count:], order

@@ -1,0 +1,50 @@
+"""What a calibration run can be told."""
+
+import math
+from dataclasses import dataclass
+
+from alvts_cli.errors import AlvtsError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of one run; checked when made.
+
+    Attributes:
+        rank: `R`; None takes `default_rank` of the model.
+        keep: ratio at which recall is measured, and the artifact's default: 64 of 576 tokens.
+        held_out: share of the samples that is not fitted but measured on; at least one is.
+        steps: optimiser steps per layer (see `align`).
+        batch: samples per step.
+        learning_rate: its peak (see `align`).
+        seed: of the choice and order of samples.
+        causal: rows see only earlier columns in the selector's softmax (see `align`).
+    """
+
+    rank: int | None = None
+    keep: float = 1 / 9
+    held_out: float = 1 / 8
+    steps: int = 400
+    batch: int = 8
+    learning_rate: float = 0.001
+    seed: int = 0
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        if self.rank is not None and self.rank < 1:
+            raise AlvtsError(f"the rank must be at least 1, not {self.rank}")
+        if not 0 < self.keep <= 1:
+            raise AlvtsError(f"the keep ratio must be above 0 and at most 1, not {self.keep}")
+        if not 0 < self.held_out < 1:
+            raise AlvtsError(f"the held-out share must be between 0 and 1, not {self.held_out}")
+        if self.steps < 1 or self.batch < 1:
+            raise AlvtsError("steps and batch must be at least 1")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise AlvtsError(f"the learning rate must be above 0, not {self.learning_rate}")
+        if self.seed < 0:
+            raise AlvtsError(f"the seed must be at least 0, not {self.seed}")
+
+
+def default_rank(hidden_size: int) -> int:
+    """The paper's ranks (256 for a width of 4096, 128 for 2048), and no less than 16."""
+    return max(16, hidden_size // 16)

@@ -1,0 +1,143 @@
+"""Layer after layer: reference, initialisation, fit, measurement, and on to the next.
+
+Only one layer's hidden states exist at a time, those of all samples, on the CPU. They are those of
+the dense model: every layer is fitted on what it sees when nothing before it selects.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alvts_cli.artifact import LayerFit
+from alvts_cli.engine import LayerSelector, importance, resolve_keep
+from alvts_cli.engine.probe import attention_importance, project
+from alvts_cli.errors import AlvtsError
+from alvts_cli.families import QueryKey, family_of
+
+from .align import Objective, Target, align, squared_error
+from .capture import Captured, advance, on_device
+from .checkpoint import Checkpoint, LayerResult
+from .initialise import Factors, initialise
+from .settings import Settings
+
+
+def sweep(
+    model: Any,
+    fitted: Sequence[Captured],
+    held_out: Sequence[Captured],
+    settings: Settings,
+    rank: int,
+    checkpoint: Checkpoint | None,
+    on_layer: Callable[[int, LayerFit], None],
+) -> list[LayerResult]:
+    """Fit every layer. The samples' hidden states are those of layer 0, and are consumed.
+
+    Args:
+        model: of a known family, in eval mode.
+        fitted: samples to fit on.
+        held_out: samples to measure on.
+        settings: of the run.
+        rank: `R`.
+        checkpoint: takes finished layers, and may hold some.
+        on_layer: called after each layer, which is on disk by then.
+
+    Raises:
+        AlvtsError: hidden states or a loss that are not finite.
+    """
+    family = family_of(model)
+    config: Any = family.text_model(model).config
+    samples = [*fitted, *held_out]
+    results: list[LayerResult] = []
+    layers: Any = family.layers(model)
+    for i, layer in enumerate(layers):
+        result = checkpoint.load(i) if checkpoint else None
+        if result is None:
+            result = _fit_layer(
+                family.query_key(layer, config),
+                # Passed on and not kept: they hold this layer's hidden states.
+                [_target(layer, sample, i) for sample in fitted],
+                [_target(layer, sample, i) for sample in held_out],
+                settings,
+                rank,
+                seed=settings.seed * len(layers) + i,
+            )
+            if checkpoint:
+                checkpoint.save(i, result)
+        results.append(result)
+        on_layer(i, result.fit)
+        if i + 1 < len(layers):
+            for sample in samples:
+                advance(layer, config._attn_implementation, sample)
+    return results
+
+
+def _target(layer: Any, sample: Captured, index: int) -> Target:
+    hidden, positions = on_device(layer, sample)
+    visual = sample.visual.to(hidden.device)
+    reference = attention_importance(project(layer, hidden, positions), visual, ~visual).cpu()
+    if not bool(reference.isfinite().all()):
+        raise AlvtsError(
+            f"the hidden states of layer {index} overflow in {hidden.dtype}; "
+            "use --dtype bfloat16 or float32"
+        )
+    return Target(sample.hidden, sample.visual, reference)
+
+
+def _fit_layer(
+    projections: QueryKey,
+    fitted: Sequence[Target],
+    held_out: Sequence[Target],
+    settings: Settings,
+    rank: int,
+    seed: int,
+) -> LayerResult:
+    start = initialise(projections, rank)
+    before = _measure(_stored(start, projections), held_out, settings)
+    end = align(start, projections, fitted, settings, seed)
+    selector = _stored(end, projections)
+    after = _measure(selector, held_out, settings)
+    fit = LayerFit(before[0], after[0], before[1], after[1])
+    return LayerResult(selector.to(torch.device("cpu"), selector.key.dtype), fit)
+
+
+@torch.no_grad()
+def _stored(factors: Factors, projections: QueryKey) -> LayerSelector:
+    """The selector in the dtype it will run in, so that what is measured is what runs."""
+    norm = projections.norm_weight
+    return factors.selector(projections).to(norm.device, norm.dtype)
+
+
+@torch.no_grad()
+def _measure(
+    selector: LayerSelector,
+    targets: Sequence[Target],
+    settings: Settings,
+    objective: Objective = squared_error,
+) -> tuple[float, float]:
+    """Mean loss and mean recall of the `k` best tokens, over samples."""
+    device = selector.key.device
+    losses, recalls = [], []
+    for target in targets:
+        visual = target.visual.to(device)
+        reference = target.reference.to(device)
+        hidden = target.hidden.to(device)
+        found = importance(hidden, selector, visual, ~visual, settings.causal)
+        losses.append(objective(found.masked_fill(~visual, 0), reference, visual).mean())
+        recalls.append(_recall(found[visual], reference[visual], settings.keep))
+    loss = torch.stack(losses).mean().item()
+    return loss, torch.stack(recalls).mean().item()
+
+
+def _recall(found: Tensor, reference: Tensor, keep: float) -> Tensor:
+    """Share of the `k` largest of `reference` `[N]` that are among the `k` largest of `found`."""
+    k = resolve_keep(keep, 1).count(0, found.shape[0])
+    wanted = torch.zeros_like(reference, dtype=torch.bool)
+    wanted[_largest(reference, k)] = True
+    return wanted[_largest(found, k)].float().mean()
+
+
+def _largest(values: Tensor, k: int) -> Tensor:
+    """As `engine.select`: on a tie the earlier one."""
+    return values.argsort(descending=True, stable=True)[:k]

@@ -1,0 +1,304 @@
+"""The selector file: what goes in comes out, and every damage has its own line."""
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from tiny import LAYERS, WIDTH, make_inputs, make_model, one_image
+
+from alvts_cli import AlvtsError, attach
+from alvts_cli.artifact import (
+    Artifact,
+    CalibrationRecord,
+    LayerFit,
+    check_writable,
+    fingerprint,
+    load_artifact,
+    save_artifact,
+)
+from alvts_cli.engine import LayerSelector
+
+RANK = 5
+
+
+def make_artifact(family: str = "qwen2_5_vl", **changes: Any) -> Artifact:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    fields: dict[str, Any] = dict(
+        layers=tuple(
+            LayerSelector(random(RANK, WIDTH), random(RANK, WIDTH), random(RANK), 1e-6)
+            for _ in range(LAYERS)
+        ),
+        causal=True,
+        default_keep=0.25,
+        schedule=[1.0, 0.5, 0.0, 0.25],
+        model_id="org/model",
+        revision="abc",
+        family="Qwen2.5-VL",
+        fingerprint=fingerprint(make_model(family)),
+        calibration=CalibrationRecord(
+            data="some photographs",
+            fitted=7,
+            held_out=1,
+            sample_ids="ff",
+            settings={"rank": RANK, "seed": 3},
+            versions={"torch": "2"},
+            layers=tuple(LayerFit(1.0, 0.1 * i, 0.3, 0.5 + 0.1 * i) for i in range(LAYERS)),
+        ),
+    )
+    return Artifact(**{**fields, **changes})
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "a.safetensors"
+    save_artifact(make_artifact(), path)
+    return path
+
+
+def parts(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The tensors and the metadata of a file."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    return load(data), json.loads(header["__metadata__"]["alvts"])
+
+
+def rewrite(path: Path, tensors: dict[str, torch.Tensor], metadata: Any) -> None:
+    path.write_bytes(save(tensors, metadata={"alvts": json.dumps(metadata)}))
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(AlvtsError) as error:
+        load_artifact(path)
+    line = str(error.value)
+    assert "\n" not in line
+    assert str(path) in line
+    return line
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_goes_in_comes_out(dtype: torch.dtype, tmp_path: Path) -> None:
+    made = make_artifact()
+    layers = tuple(layer.to(torch.device("cpu"), dtype) for layer in made.layers)
+    made = make_artifact(layers=layers)
+    save_artifact(made, tmp_path / "a.safetensors")
+    found = load_artifact(tmp_path / "a.safetensors")
+    assert (found.rank, found.hidden_size) == (RANK, WIDTH)
+    for name in ("causal", "default_keep", "schedule", "model_id", "revision", "family"):
+        assert getattr(found, name) == getattr(made, name)
+    assert found.calibration == made.calibration
+    assert torch.equal(found.fingerprint, made.fingerprint)
+    for one, other in zip(found.layers, made.layers, strict=True):
+        assert one.key.dtype == dtype
+        assert torch.equal(one.query, other.query)
+        assert torch.equal(one.key, other.key)
+        assert one.query_bias is not None and other.query_bias is not None
+        assert torch.equal(one.query_bias, other.query_bias)
+        assert one.eps == other.eps
+
+
+def test_without_biases_and_schedule(tmp_path: Path) -> None:
+    layers = tuple(
+        LayerSelector(layer.query, layer.key, None, layer.eps) for layer in make_artifact().layers
+    )
+    save_artifact(make_artifact(layers=layers, schedule=None), tmp_path / "a.safetensors")
+    found = load_artifact(tmp_path / "a.safetensors")
+    assert found.schedule is None
+    assert all(layer.query_bias is None for layer in found.layers)
+
+
+def test_the_mean_is_in_the_metadata(saved: Path) -> None:
+    _, metadata = parts(saved)
+    assert metadata["calibration"]["mean"]["recall_after"] == pytest.approx(0.65)
+    assert load_artifact(saved).calibration.mean.recall_after == pytest.approx(0.65)
+
+
+def test_the_same_artifact_is_the_same_file(saved: Path, tmp_path: Path) -> None:
+    save_artifact(load_artifact(saved), tmp_path / "b.safetensors")
+    assert (tmp_path / "b.safetensors").read_bytes() == saved.read_bytes()
+
+
+def test_the_file_can_be_replaced_and_cut_while_loaded(saved: Path) -> None:
+    artifact = load_artifact(saved)
+    before = artifact.layers[0].query.clone()
+    os.truncate(saved, 0)
+    assert torch.equal(artifact.layers[0].query, before)
+
+
+def test_attach_takes_it() -> None:
+    model = make_model("qwen2_5_vl")
+    with attach(model, make_artifact()) as attachment, torch.no_grad():
+        model(**make_inputs(model, one_image("qwen2_5_vl")))
+        assert attachment.last is not None
+        assert len(set(attachment.last.kept)) == LAYERS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_same_base_in_any_precision_passes(dtype: torch.dtype) -> None:
+    make_artifact().check_model(make_model("qwen2_5_vl", dtype=dtype))
+
+
+def test_another_model_is_refused_by_name() -> None:
+    model = make_model("qwen2_5_vl")
+    with torch.no_grad():
+        model.model.language_model.layers[2].self_attn.k_proj.weight.mul_(1.1)
+    with pytest.raises(AlvtsError, match=r"made for org/model.*weights of mine are others"):
+        make_artifact().check_model(model, "mine")
+    wide = make_artifact(
+        layers=tuple(
+            LayerSelector(torch.ones(2, 64), torch.ones(2, 64), None, 1e-6) for _ in range(LAYERS)
+        )
+    )
+    with pytest.raises(AlvtsError, match=r"4 layers of width 64.*mine.*4 layers of width 32"):
+        wide.check_model(make_model("qwen2_5_vl"), "mine")
+    deep = make_artifact(layers=make_artifact().layers * 2)
+    with pytest.raises(AlvtsError, match=r"8 layers of width 32.*4 layers of width 32"):
+        deep.check_model(make_model("qwen2_5_vl"))
+
+
+def test_no_such_file_and_a_folder(tmp_path: Path) -> None:
+    assert "there is no selector file" in refusal(tmp_path / "none.safetensors")
+    assert "cannot read" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"PK\x03\x04" + bytes(100),
+        b"a text file, with words in it",
+        bytes(16),
+        struct.pack("<Q", 4) + b"{]]}",
+        struct.pack("<Q", 8) + b'{"a": 1}',
+        struct.pack("<Q", 2) + b"{}",
+    ],
+)
+def test_not_a_selector_file(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(data)
+    line = refusal(path)
+    assert "is not a safetensors file" in line or "does not hold alvts selectors" in line
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.9, 0.999])
+def test_cut_short(share: float, saved: Path) -> None:
+    data = saved.read_bytes()
+    saved.write_bytes(data[: int(len(data) * share)])
+    assert "is cut short" in refusal(saved)
+
+
+def test_other_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(save({"w": torch.ones(2)}))
+    assert "does not hold alvts selectors" in refusal(path)
+    path.write_bytes(save({"w": torch.ones(2)}, metadata={"format": "pt"}))
+    assert "does not hold alvts selectors" in refusal(path)
+    path.write_bytes(save({"w": torch.ones(2)}, metadata={"alvts": "words"}))
+    assert "the metadata" in refusal(path)
+
+
+def test_a_newer_format(saved: Path) -> None:
+    tensors, _ = parts(saved)
+    rewrite(saved, tensors, {"format": 2, "unheard": "of"})
+    assert "has format 2, this alvts reads up to 1; upgrade" in refusal(saved)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("model", 3),
+        ("rank", None),
+        ("schedule", [0.5]),
+        ("schedule", [0.5, 0.5, 0.5, float("nan")]),
+        ("default_keep", 0),
+        ("default_keep", 2.5),
+        ("norm_eps", [1e-6]),
+        ("num_layers", 0),
+        ("calibration", {"data": "x"}),
+        ("causal", "yes"),
+    ],
+)
+def test_metadata_that_makes_no_sense(key: str, value: Any, saved: Path) -> None:
+    tensors, metadata = parts(saved)
+    rewrite(saved, tensors, {**metadata, key: value})
+    assert "metadata" in refusal(saved)
+    del metadata[key]
+    rewrite(saved, tensors, metadata)
+    assert repr(key) in refusal(saved)
+
+
+def test_missing_and_misshapen_tensors(saved: Path) -> None:
+    tensors, metadata = parts(saved)
+    rewrite(saved, {k: v for k, v in tensors.items() if k != "layers.2.key"}, metadata)
+    assert "lacks the tensor 'layers.2.key'" in refusal(saved)
+    rewrite(saved, {k: v for k, v in tensors.items() if k != "fingerprint"}, metadata)
+    assert "fingerprint" in refusal(saved)
+    rewrite(saved, {**tensors, "layers.1.query": torch.ones(RANK, WIDTH + 1)}, metadata)
+    assert "layers.1.query is torch.float32 [5, 33], not floats [5, 32]" in refusal(saved)
+    rewrite(saved, {**tensors, "layers.1.query": torch.ones(RANK, WIDTH).int()}, metadata)
+    assert "layers.1.query" in refusal(saved)
+
+
+@pytest.mark.parametrize("name", ["layers.3.query", "layers.0.query_bias", "fingerprint"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite(name: str, value: float, saved: Path) -> None:
+    tensors, metadata = parts(saved)
+    tensors[name].view(-1)[1] = value
+    rewrite(saved, tensors, metadata)
+    assert f"the tensor {name} holds values that are not finite" in refusal(saved)
+
+
+def test_what_is_newer_but_harmless_is_a_warning(saved: Path) -> None:
+    tensors, metadata = parts(saved)
+    metadata["calibration"]["mood"] = "good"
+    rewrite(saved, {**tensors, "extra": torch.ones(1)}, {**metadata, "colour": "blue"})
+    with pytest.warns(UserWarning) as warned:
+        found = load_artifact(saved)
+    assert found.calibration == make_artifact().calibration
+    told = " ".join(str(warning.message) for warning in warned)
+    assert "colour" in told and "extra" in told
+    assert all(warning.filename == __file__ for warning in warned)
+
+
+def test_values_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    bad = make_artifact(fingerprint=torch.full((LAYERS, 2, 16), float("nan")))
+    with pytest.raises(AlvtsError, match="not finite"):
+        save_artifact(bad, tmp_path / "a.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "a.safetensors", tmp_path / "none" / "a.safetensors"):
+        with pytest.raises(AlvtsError, match="cannot write"):
+            check_writable(path)
+        with pytest.raises(AlvtsError, match="cannot write"):
+            save_artifact(make_artifact(), path)
+    with pytest.raises(AlvtsError, match="it is a folder"):
+        check_writable(tmp_path)
+    check_writable(tmp_path / "a.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = saved.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(AlvtsError, match="No space left"):
+        save_artifact(make_artifact(causal=False), saved)
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+    assert saved.read_bytes() == before

@@ -1,0 +1,329 @@
+"""Initialisation, alignment and the sweep over layers."""
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from calibration_tools import LAYERS, RANK, WIDTH, fast, make_processor, make_small, scenes
+from tiny import FAMILIES, make_inputs, make_model, one_image
+
+from alvts_cli import AlvtsError, attach
+from alvts_cli.artifact import Artifact, load_artifact, save_artifact
+from alvts_cli.engine import importance
+from alvts_cli.engine.probe import attention_importance, project
+from alvts_cli.families import QueryKey, family_of
+from alvts_cli.prompts import build_inputs
+from calibration import Checkpoint, Sample, Settings, Watch, calibrate
+from calibration.align import Target, align, squared_error
+from calibration.capture import advance, capture
+from calibration.initialise import initialise
+from calibration.settings import default_rank
+
+
+def projections(model: Any, layer: int = 0) -> QueryKey:
+    family = family_of(model)
+    config = family.text_model(model).config
+    return family.query_key(family.layers(model)[layer], config)
+
+
+def fit(model: Any, out: Path, resume: bool = False, **more: Any) -> Artifact:
+    """Calibrate, save and clean up, as the command does."""
+    watch = more.pop("watch", None)
+    checkpoint = Checkpoint(out, resume)
+    artifact = calibrate(
+        model,
+        make_processor(),
+        scenes(),
+        fast(**more),
+        model_id="small",
+        checkpoint=checkpoint,
+        watch=watch,
+    )
+    save_artifact(artifact, out)
+    checkpoint.remove()
+    return artifact
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_rank_is_the_projection_itself(family: str) -> None:
+    of = projections(make_model(family))
+    factors = initialise(of, min(of.w_q.shape))
+    torch.testing.assert_close(factors.u_q @ factors.v_q, of.w_q.detach(), rtol=0, atol=1e-5)
+    heads = of.w_k.detach().view(of.num_kv_heads, of.head_dim, -1)
+    joint = heads.repeat_interleave(of.num_heads // of.num_kv_heads, dim=0).flatten(0, 1)
+    torch.testing.assert_close(factors.u_k @ factors.v_k, joint, rtol=0, atol=1e-5)
+
+
+def test_singular_values_are_split_evenly_and_truncated() -> None:
+    of = projections(make_model("llava"))
+    factors = initialise(of, 7)
+    expected = torch.linalg.svdvals(of.w_q.detach())[:7]
+    for side in (factors.u_q.T @ factors.u_q, factors.v_q @ factors.v_q.T):
+        torch.testing.assert_close(side, expected.diag(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_objective_sees_shape_not_scale() -> None:
+    visual = torch.ones(2, 4, dtype=torch.bool)
+    reference = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 1.0, 0.0]]) * 1e-9
+    assert squared_error(reference * 7, reference, visual).max() < 1e-9
+    other = torch.tensor([[4.0, 3.0, 2.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
+    torch.testing.assert_close(
+        squared_error(other, reference, visual), torch.tensor([20 / 30, 2.0])
+    )
+    # No visual token was seen by any text row, or all importances underflow.
+    nothing = torch.zeros(2, 4)
+    assert squared_error(nothing, reference, visual).isfinite().all()
+    assert squared_error(reference, nothing, visual).isfinite().all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_alignment_comes_closer_to_the_reference(family: str) -> None:
+    model = make_model(family)
+    layer = family_of(model).layers(model)[0]
+    targets = []
+    for seed in range(6):
+        sample = capture(model, make_inputs(model, one_image(family, seed)))
+        of_layer = project(layer, sample.hidden, sample.positions)
+        reference = attention_importance(of_layer, sample.visual, ~sample.visual)
+        targets.append(Target(sample.hidden, sample.visual, reference))
+    of = projections(model)
+    start = initialise(of, 4)
+    end = align(start, of, targets, Settings(steps=60, batch=4, learning_rate=0.003), seed=0)
+
+    def loss(factors: Any) -> float:
+        selector = factors.selector(of)
+        losses = [
+            squared_error(
+                importance(t.hidden, selector, t.visual, ~t.visual, True).masked_fill(~t.visual, 0),
+                t.reference,
+                t.visual,
+            )
+            for t in targets
+        ]
+        return torch.cat(losses).mean().item()
+
+    with torch.no_grad():
+        assert loss(end) < 0.7 * loss(start)
+    assert all(weight.grad is None for weight in model.parameters())
+
+
+def test_calibration_raises_recall_on_samples_not_fitted(tmp_path: Path) -> None:
+    model = make_small()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    artifact = calibrate(model, make_processor(), scenes(32), fast(steps=60, batch=8))
+    mean = artifact.calibration.mean
+    assert mean.loss_after < 0.8 * mean.loss_before
+    assert mean.recall_after > mean.recall_before + 0.03
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+    record = artifact.calibration
+    assert (record.fitted, record.held_out) == (28, 4)
+    assert record.settings["rank"] == artifact.rank == RANK
+    assert record.data == "pocket scenes"
+    assert record.versions["torch"] == torch.__version__
+    assert artifact.hidden_size == WIDTH and len(record.layers) == LAYERS
+    assert artifact.default_keep == pytest.approx(1 / 9)
+
+    save_artifact(artifact, tmp_path / "a.safetensors")
+    found = load_artifact(tmp_path / "a.safetensors")
+    found.check_model(model)
+    assert found.calibration == record
+    sample = next(iter(scenes(1)))
+    inputs = build_inputs(make_processor(), sample.images, sample.prompt)
+    with attach(model, found) as attachment, torch.no_grad():
+        model(**inputs)
+    assert attachment.last is not None and attachment.last.kept == ((28,),) * LAYERS
+
+
+def test_what_is_measured_is_what_runs() -> None:
+    """The stored selector gives, through the engine, the recall in the record."""
+    model = make_small().bfloat16()
+    model.model.language_model.norm.float()
+    settings = fast(steps=5)
+    artifact = calibrate(model.bfloat16(), make_processor(), scenes(), settings)
+    assert artifact.layers[0].key.dtype == torch.bfloat16
+    layer = family_of(model).layers(model)[0]
+    recalls = []
+    samples = list(scenes())
+    import random
+
+    order = list(range(len(samples)))
+    random.Random(settings.seed).shuffle(order)
+    for i in order[-artifact.calibration.held_out :]:
+        inputs = build_inputs(make_processor(), samples[i].images, samples[i].prompt)
+        sample = capture(model, inputs.to("cpu", torch.bfloat16))
+        visual = sample.visual
+        found = importance(sample.hidden, artifact.layers[0], visual, ~visual, artifact.causal)
+        wanted = attention_importance(
+            project(layer, sample.hidden, sample.positions), visual, ~visual
+        )
+        best = [set(s[visual].topk(28).indices.tolist()) for s in (found, wanted)]
+        recalls.append(len(best[0] & best[1]) / 28)
+    mean = sum(recalls) / len(recalls)
+    assert artifact.calibration.layers[0].recall_after == pytest.approx(mean, abs=1e-6)
+
+
+def test_the_same_seed_is_the_same_file(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        fit(make_small(), tmp_path / name)
+    fit(make_small(), tmp_path / "c", seed=1)
+    one, again, other = ((tmp_path / name).read_bytes() for name in "abc")
+    assert one == again
+    assert one != other
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+class Crash(BaseException):
+    """As sudden as Ctrl-C."""
+
+
+@pytest.mark.parametrize("last", range(LAYERS))
+def test_a_resumed_run_gives_the_uninterrupted_file(last: int, tmp_path: Path) -> None:
+    model = make_small()
+    fit(model, tmp_path / "whole")
+
+    def crash(index: int, count: int, fit: object) -> None:
+        if index == last:
+            raise Crash
+
+    with pytest.raises(Crash):
+        fit(model, tmp_path / "resumed", watch=Watch(layer=crash))
+    folder = tmp_path / "resumed.partial"
+    assert len(list(folder.glob("layer-*"))) == last + 1
+    assert not (tmp_path / "resumed").exists()
+    with pytest.raises(AlvtsError, match="--resume, or delete"):
+        fit(model, tmp_path / "resumed")
+    # Nothing that is finished is fitted again.
+    fitted_again = []
+    real = align
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        fitted_again.append(True)
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("calibration.sweep.align", counting)
+        fit(model, tmp_path / "resumed", resume=True)
+    assert len(fitted_again) == LAYERS - 1 - last
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert not folder.exists()
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    def crash(*_: object) -> None:
+        raise Crash
+
+    out = tmp_path / "out"
+    with pytest.raises(Crash):
+        fit(make_small(), out, watch=Watch(layer=crash))
+    with pytest.raises(AlvtsError, match="made with other samples, settings"):
+        fit(make_small(), out, resume=True, seed=1)
+    with pytest.raises(AlvtsError, match="made with other weights"):
+        fit(make_small(1), out, resume=True)
+    layer = out.with_name("out.partial") / "layer-000.safetensors"
+    layer.write_bytes(layer.read_bytes()[:50])
+    with pytest.raises(AlvtsError, match="is damaged"):
+        fit(make_small(), out, resume=True)
+    (layer.parent / "run.json").unlink()
+    with pytest.raises(AlvtsError, match="is not an unfinished run"):
+        fit(make_small(), out, resume=True)
+
+
+def test_resuming_without_a_checkpoint_starts_from_the_first_layer(tmp_path: Path) -> None:
+    fit(make_small(), tmp_path / "out", resume=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_memory_is_flat_in_the_number_of_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all hidden states ever made, only those of one layer are alive at any time."""
+    alive: list[weakref.ref[Any]] = []
+    counts: list[int] = []
+
+    def count() -> None:
+        counts.append(sum(ref() is not None for ref in alive))
+
+    def watched_align(factors: Any, of: Any, targets: Any, *rest: Any, **more: Any) -> Any:
+        gc.collect()
+        count()
+        return align(factors, of, targets, *rest, **more)
+
+    def watched_advance(layer: Any, implementation: str, sample: Any) -> None:
+        advance(layer, implementation, sample)
+        alive.append(weakref.ref(sample.hidden))
+        count()
+
+    monkeypatch.setattr("calibration.sweep.align", watched_align)
+    monkeypatch.setattr("calibration.sweep.advance", watched_advance)
+    record = calibrate(make_small(), make_processor(), scenes(), fast()).calibration
+    assert len(alive) == (LAYERS - 1) * (record.fitted + record.held_out)
+    assert max(counts) == record.fitted + record.held_out
+
+
+def test_samples_that_cannot_be_used_are_skipped_and_told() -> None:
+    samples = list(scenes(8))
+    bad = Sample("bad", samples[0].images, "<image> and <image>")
+    long = Sample("long", samples[0].images, "is " * 5000)
+    told: list[str] = []
+    artifact = calibrate(
+        make_small(),
+        make_processor(),
+        [bad, *samples, long],
+        fast(),
+        watch=Watch(skipped=told.append),
+    )
+    assert artifact.calibration.fitted + artifact.calibration.held_out == 8
+    assert [line.split(":")[0] for line in told] == ["bad", "long"]
+    assert artifact.calibration.data == "samples given in memory"
+    with pytest.raises(AlvtsError, match=r"only 2 usable samples, at least 3.*1 were.*bad:"):
+        calibrate(make_small(), make_processor(), [bad, *samples[:2]], fast())
+    with pytest.raises(AlvtsError, match="only 0 usable samples"):
+        calibrate(make_small(), make_processor(), [], fast())
+
+
+def test_the_smallest_run_has_two_to_fit_and_one_to_measure() -> None:
+    record = calibrate(make_small(), make_processor(), scenes(3), fast()).calibration
+    assert (record.fitted, record.held_out) == (2, 1)
+
+
+def test_numbers_that_overflow_are_one_line() -> None:
+    model = make_small()
+    with torch.no_grad():
+        model.model.language_model.layers[1].mlp.down_proj.weight.fill_(float("inf"))
+    with pytest.raises(AlvtsError, match=r"layer 2 overflow in torch\.float32"):
+        calibrate(model, make_processor(), scenes(), fast())
+
+
+def test_a_rank_above_the_models_is_refused_before_any_work() -> None:
+    with pytest.raises(AlvtsError, match="rank 33 is more than this model allows; at most 32"):
+        calibrate(make_small(), None, [], Settings(rank=33))
+
+
+def test_the_papers_ranks() -> None:
+    assert [default_rank(width) for width in (4096, 2048, 192)] == [256, 128, 16]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rank": 0},
+        {"keep": 0},
+        {"keep": 1.5},
+        {"keep": float("nan")},
+        {"held_out": 0},
+        {"held_out": 1},
+        {"steps": 0},
+        {"batch": 0},
+        {"learning_rate": 0},
+        {"learning_rate": float("nan")},
+        {"seed": -1},
+    ],
+)
+def test_settings_without_sense(wrong: dict[str, Any]) -> None:
+    with pytest.raises(AlvtsError):
+        Settings(**wrong)
+    with pytest.raises(TypeError):
+        Settings(**{"colour": "blue"})

@@ -1,0 +1,82 @@
+"""`S*` against a naive computation from the attention maps the model itself gives out."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES, LAYERS, Prompt, make_inputs, make_model, one_image
+
+from alvts_cli.engine.probe import attention_importance, project
+from alvts_cli.families import family_of
+from calibration.capture import Captured, advance, capture
+
+
+def naive(attention: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
+    """The formula on `[1, H, T, T]`, with the heads averaged first."""
+    mean = attention[0].float().mean(dim=0)
+    v = visual[0]
+    return torch.where(v, mean[v].mean(dim=0) * mean[~v].mean(dim=0), 0.0)[None]
+
+
+def reference_importance(layer: Any, sample: Captured) -> torch.Tensor:
+    projected = project(layer, sample.hidden, sample.positions)
+    return attention_importance(projected, sample.visual, ~sample.visual)
+
+
+def prompts(family: str) -> list[Prompt]:
+    several = Prompt([1, 5, 9, 12, 33, 3], one_image(family).images * 2, at=3)
+    return [one_image(family), several]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_equals_the_models_own_attention(family: str, attn: str) -> None:
+    eager, model = make_model(family, "eager"), make_model(family, attn)
+    layers: Any = family_of(model).layers(model)
+    for prompt in prompts(family):
+        inputs = make_inputs(model, prompt)
+        with torch.no_grad():
+            told = eager(**inputs, output_attentions=True)
+        sample = capture(model, inputs)
+        for i in range(LAYERS):
+            found = reference_importance(layers[i], sample)
+            expected = naive(told.attentions[i], sample.visual)
+            assert (expected > 0).sum() == sample.visual.sum()
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-10)
+            advance(layers[i], attn, sample)
+        assert layers[0].self_attn.config._attn_implementation == attn
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sweep_through_layers_is_the_dense_forward(family: str) -> None:
+    model = make_model(family)
+    inputs = make_inputs(model, one_image(family))
+    with torch.no_grad():
+        states = model(**inputs, output_hidden_states=True).hidden_states
+    sample = capture(model, inputs)
+    for i, layer in enumerate(family_of(model).layers(model)[:-1]):
+        torch.testing.assert_close(sample.hidden, states[i], rtol=0, atol=0)
+        advance(layer, "sdpa", sample)
+
+
+def test_row_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("qwen2_5_vl")
+    sample = capture(model, make_inputs(model, one_image("qwen2_5_vl")))
+    layer = family_of(model).layers(model)[0]
+    whole = reference_importance(layer, sample)
+    monkeypatch.setattr("alvts_cli.engine.probe.ROW_BLOCK", 5)
+    blocks = reference_importance(layer, sample)
+    torch.testing.assert_close(whole, blocks)
+
+
+def test_capture_leaves_no_hook_and_stops_early() -> None:
+    model = make_model("llava")
+    layers: Any = family_of(model).layers(model)
+    ran = []
+    handle = layers[0].register_forward_hook(lambda *_: ran.append(True))
+    capture(model, make_inputs(model, one_image("llava")))
+    handle.remove()
+    assert not ran
+    assert not layers[0]._forward_pre_hooks
+    with torch.no_grad():
+        assert model(**make_inputs(model, one_image("llava"))).logits.isfinite().all()
