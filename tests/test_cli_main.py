@@ -108,7 +108,12 @@ def test_an_interrupt_is_one_line(monkeypatch):
 def test_ctrl_c_ends_a_process_in_one_line():
     args = ["bench", "--model", str(model_folder()), "--runs", "10000"]
     with subprocess.Popen(
-        [*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*COMMAND, *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job in the background of a script ignores SIGINT, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as running:
         time.sleep(6)
         running.send_signal(signal.SIGINT)
