@@ -28,7 +28,14 @@ class Factors:
         return [self.u_q, self.v_q, self.u_k, self.v_k]
 
     def selector(self, projections: QueryKey) -> LayerSelector:
-        """The folded selector, float32, differentiable in the factors."""
+        """The folded selector, float32, differentiable in the factors.
+
+        The joint head's logit, a sum over heads of `q k^T / sqrt(d_k)`, is divided by the number
+        of heads: `S*` averages heads, and a sum of them makes a far sharper softmax. Measured as
+        in `align`, recall (share of importance), SVD alone and after the fit: sum over heads .518
+        (.767) and .585 (.836), mean over heads .560 (.802) and .628 (.890). Divided by the root of
+        the number, as if the joint head were one of width `D`, SVD alone is at .550 (.793).
+        """
         heads = projections.num_heads
         bias = projections.b_q
         query, key, query_bias = fold(
