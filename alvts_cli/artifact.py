@@ -60,6 +60,10 @@ class CalibrationRecord:
         settings: what was asked for, the seed and the keep ratio of `recall` among it.
         versions: of python packages.
         layers: one entry per layer.
+        ratios: shares of the visual tokens at which `losses` were measured, ascending.
+        losses: `[layer][ratio]`, what it costs when this layer alone is restricted, the others
+            dense: KL of the answer's tokens to the dense model's, mean over tokens and samples, in
+            nats. Both are empty where no budget was measured.
     """
 
     data: str
@@ -69,6 +73,8 @@ class CalibrationRecord:
     settings: dict[str, Any]
     versions: dict[str, str]
     layers: tuple[LayerFit, ...]
+    ratios: tuple[float, ...] = ()
+    losses: tuple[tuple[float, ...], ...] = ()
 
     @property
     def mean(self) -> LayerFit:
@@ -87,7 +93,8 @@ class Artifact:
         layers: one selector per decoder layer, on the CPU.
         causal: whether they were fitted with causal rows (see `engine.scoring.importance`).
         default_keep: ratio used when the user names none.
-        schedule: one ratio per layer, or None for the same everywhere.
+        schedules: ways of spending a layer average over the layers (see `engine.keep`); none where
+            every layer is to keep the same.
         model_id: hub id, name or folder of the base model.
         revision: its commit on the hub, where known.
         family: name of the architecture.
@@ -98,7 +105,7 @@ class Artifact:
     layers: tuple[LayerSelector, ...]
     causal: bool
     default_keep: float
-    schedule: list[float] | None
+    schedules: tuple[tuple[float, ...], ...]
     model_id: str
     revision: str | None
     family: str
@@ -187,7 +194,7 @@ def save_artifact(artifact: Artifact, path: Path) -> None:
         "rank": artifact.rank,
         "causal": artifact.causal,
         "default_keep": artifact.default_keep,
-        "schedule": artifact.schedule,
+        "schedules": artifact.schedules,
         "norm_eps": [selector.eps for selector in artifact.layers],
         # The means are stored for readers of the file that are not alvts.
         "calibration": {**asdict(record), "mean": asdict(record.mean)},
@@ -226,7 +233,7 @@ def load_artifact(path: Path) -> Artifact:
         layers=layers,
         causal=metadata["causal"],
         default_keep=metadata["default_keep"],
-        schedule=metadata["schedule"],
+        schedules=tuple(map(tuple, metadata["schedules"])),
         model_id=metadata["model"],
         revision=metadata["revision"],
         family=metadata["family"],
@@ -344,7 +351,7 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "rank": (int,),
     "causal": (bool,),
     "default_keep": (float, int),
-    "schedule": (list, type(None)),
+    "schedules": (list,),
     "norm_eps": (list,),
     "calibration": (dict,),
 }
@@ -360,7 +367,12 @@ def _check_metadata(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
         raise AlvtsError(f"the metadata of {path} has no valid 'norm_eps'")
     try:
         resolve_keep(metadata["default_keep"], layers)
-        resolve_keep(metadata["schedule"] or [1.0] * layers, layers)
+        means = [0.0]
+        for schedule in metadata["schedules"]:
+            ratios = resolve_keep(schedule, layers).values
+            means.append(sum(ratios) / layers)
+            if not all(isinstance(ratio, float) for ratio in ratios) or means[-1] <= means[-2]:
+                raise AlvtsError("schedules must be ratios per layer, sorted by their mean")
     except AlvtsError as error:
         raise AlvtsError(f"the metadata of {path} is invalid: {error}") from None
     return metadata
@@ -397,11 +409,13 @@ def _record(record: dict[str, Any], path: Path) -> CalibrationRecord:
     """The record; what a newer alvts added to it is left out."""
     try:
         known = {f.name: record[f.name] for f in fields(CalibrationRecord)}
+        ratios = tuple(map(float, known.pop("ratios")))
+        losses = tuple(tuple(map(float, layer)) for layer in known.pop("losses"))
         fits = [
             LayerFit(**{f.name: float(fit[f.name]) for f in fields(LayerFit)})
             for fit in known.pop("layers")
         ]
-        return CalibrationRecord(**known, layers=tuple(fits))
+        return CalibrationRecord(**known, layers=tuple(fits), ratios=ratios, losses=losses)
     except (KeyError, TypeError, ValueError):
         raise AlvtsError(f"the metadata of {path} has no valid 'calibration'") from None
 

@@ -27,12 +27,13 @@ class Target:
     reference: Tensor
 
 
-def squared_error(selected: Tensor, reference: Tensor, visual: Tensor) -> Tensor:
-    """`sum_i (p(i) - p*(i))^2 / sum_i p*(i)^2`, with `p = S / sum S` and `p* = S* / sum S*`."""
+def divergence(selected: Tensor, reference: Tensor, visual: Tensor) -> Tensor:
+    """`KL(p* || p)`, with `p = S / sum S` and `p* = S* / sum S*` over the visual tokens, in nats."""
     wanted = _normalised(reference)
-    error = (_normalised(selected) - wanted).square().sum(dim=-1)
-    # What sums to one over T places has at least this square: the clamp only meets all zeros.
-    return error / wanted.square().sum(dim=-1).clamp(min=1 / wanted.shape[-1])
+    # Not zero where it underflows: such a token would cost infinitely much, and teach nothing.
+    found = _normalised(selected).clamp(min=1e-30)
+    terms = torch.special.xlogy(wanted, wanted) - wanted * found.log()
+    return terms.masked_fill(~visual, 0).sum(dim=-1)
 
 
 def _normalised(importance: Tensor) -> Tensor:
@@ -45,7 +46,7 @@ def align(
     targets: Sequence[Target],
     settings: Settings,
     seed: int,
-    objective: Objective = squared_error,
+    objective: Objective = divergence,
 ) -> Factors:
     """Move the four matrices of a layer, and nothing else, until `S` is like `S*` (Adam, cosine
     schedule to zero).

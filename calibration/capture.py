@@ -72,10 +72,22 @@ def advance(layer: Any, implementation: str, sample: Captured) -> None:
         implementation: the attention implementation in use, which decides on the mask.
         sample: changed in place.
     """
-    hidden, positions = on_device(layer, sample)
-    mask = build_mask(implementation, hidden, 0, None, None)
-    out = layer(hidden, attention_mask=mask, position_embeddings=positions, use_cache=False)
-    sample.hidden = out.cpu()
+    sample.hidden = run_layer(layer, implementation, sample.hidden, sample.positions).cpu()
+
+
+def run_layer(
+    layer: Any, implementation: str, hidden: Tensor, positions: tuple[Tensor, Tensor]
+) -> Tensor:
+    """The output `[B, T, D]` of `layer` for `hidden` of that shape, on the layer's device."""
+    device = layer.input_layernorm.weight.device
+    hidden, (cos, sin) = hidden.to(device), positions
+    out: Tensor = layer(
+        hidden,
+        attention_mask=build_mask(implementation, hidden, 0, None, None),
+        position_embeddings=(cos.to(device), sin.to(device)),
+        use_cache=False,
+    )
+    return out
 
 
 def on_device(layer: Any, sample: Captured) -> tuple[Tensor, tuple[Tensor, Tensor]]:

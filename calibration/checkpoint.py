@@ -21,10 +21,12 @@ from alvts_cli.errors import AlvtsError
 
 @dataclass(frozen=True)
 class LayerResult:
-    """A fitted layer: the selector on the CPU as it goes into the artifact, and how good it is."""
+    """A fitted layer: the selector on the CPU as it goes into the artifact, how good it is, and what
+    restricting the layer loses (see `budget.measure`; empty where that was not asked for)."""
 
     selector: LayerSelector
     fit: LayerFit
+    losses: tuple[float, ...]
 
 
 class Checkpoint:
@@ -77,7 +79,11 @@ class Checkpoint:
                 names = file.keys()
                 # Clones: the file is deleted while they are in use.
                 tensors = {name: file.get_tensor(name).clone() for name in names}
-            return LayerResult(unpack_layer("", tensors, told["eps"]), LayerFit(**told["fit"]))
+            return LayerResult(
+                unpack_layer("", tensors, told["eps"]),
+                LayerFit(**told["fit"]),
+                tuple(told["losses"]),
+            )
         except (SafetensorError, OSError, ValueError, KeyError, TypeError):
             raise AlvtsError(f"{path} is damaged; delete it to fit that layer again") from None
 
@@ -93,7 +99,13 @@ class Checkpoint:
             except OSError as error:
                 raise AlvtsError(f"cannot make {self.folder}: {error.strerror}") from error
             write_whole(self.folder / "run.json", json.dumps(self._run).encode())
-        told = json.dumps({"eps": result.selector.eps, "fit": asdict(result.fit)})
+        told = json.dumps(
+            {
+                "eps": result.selector.eps,
+                "fit": asdict(result.fit),
+                "losses": result.losses,
+            }
+        )
         data = save(pack_layer("", result.selector), metadata={"layer": told})
         write_whole(self._path(layer), data)
 

@@ -15,6 +15,7 @@ from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of
 from alvts_cli.prompts import build_inputs
 
+from .budget import RATIOS, Answered, answered, solve
 from .capture import Captured, capture
 from .checkpoint import Checkpoint
 from .data import Reader, Sample
@@ -95,7 +96,7 @@ def calibrate(
         "transformers": version("transformers"),
     }
 
-    captured, ids = _capture_all(model, processor, samples, watch)
+    captured, answers, ids = _capture_all(model, processor, samples, settings, watch)
     fitted, held_out, order = _split(captured, settings)
     digest = hashlib.sha256("\n".join(ids[i] for i in order).encode()).hexdigest()
     if data is None:
@@ -116,16 +117,18 @@ def calibrate(
         model,
         fitted,
         held_out,
+        answers,
         settings,
         rank,
         checkpoint,
         lambda i, fit: watch.layer(i, len(layers), fit),
     )
+    losses = tuple(result.losses for result in results)
     return Artifact(
         layers=tuple(result.selector for result in results),
         causal=settings.causal,
         default_keep=settings.keep,
-        schedule=None,
+        schedules=solve(losses) if answers else (),
         model_id=model_id or config_name(model),
         revision=revision,
         family=family.name,
@@ -138,6 +141,8 @@ def calibrate(
             settings=asdict(settings),
             versions=versions,
             layers=tuple(result.fit for result in results),
+            ratios=RATIOS if answers else (),
+            losses=losses if answers else (),
         ),
     )
 
@@ -148,24 +153,28 @@ def config_name(model: Any) -> str:
 
 
 def _capture_all(
-    model: Any, processor: Any, samples: Iterable[Sample], watch: Watch
-) -> tuple[list[Captured], list[str]]:
-    """What reaches layer 0, and the ids, of all samples that can be used."""
+    model: Any, processor: Any, samples: Iterable[Sample], settings: Settings, watch: Watch
+) -> tuple[list[Captured], list[Answered], list[str]]:
+    """What reaches layer 0 of all samples that can be used, the first of them again with an answer
+    where there is to be a budget, and their ids."""
     text_config: Any = family_of(model).text_model(model).config
     captured: list[Captured] = []
+    answers: list[Answered] = []
+    longest = text_config.max_position_embeddings - settings.answer_tokens
     ids: list[str] = []
     broken: list[str] = []
     for sample in samples:
         try:
             # The prompt alone, without the answer: it is what prefill sees in use.
-            inputs = build_inputs(
-                processor, sample.images, sample.prompt, text_config.max_position_embeddings
-            )
-            captured.append(capture(model, inputs.to(model.device, model.dtype)))
+            inputs = build_inputs(processor, sample.images, sample.prompt, longest)
+            inputs = inputs.to(model.device, model.dtype)
+            captured.append(capture(model, inputs))
         except AlvtsError as error:
             broken.append(f"{sample.id}: {error}")
             watch.skipped(broken[-1])
             continue
+        if settings.budget and len(answers) < settings.budget_samples:
+            answers.append(answered(model, inputs, settings.answer_tokens))
         ids.append(sample.id)
         watch.sample(len(ids))
     if isinstance(samples, Reader):
@@ -173,7 +182,7 @@ def _capture_all(
     if len(captured) < 3:
         why = f"; {len(broken)} were skipped, such as {broken[0]}" if broken else ""
         raise AlvtsError(f"only {len(captured)} usable samples, at least 3 are needed{why}")
-    return captured, ids
+    return captured, answers, ids
 
 
 def _split(

@@ -19,6 +19,9 @@ class Settings:
         learning_rate: its peak (see `align`).
         seed: of the choice and order of samples.
         causal: rows see only earlier columns in the selector's softmax (see `align`).
+        budget: also measure what each layer loses by keeping less, and make schedules of it.
+        budget_samples: samples that is measured on, the first ones.
+        answer_tokens: the longest answer in that measurement.
     """
 
     rank: int | None = None
@@ -29,6 +32,9 @@ class Settings:
     learning_rate: float = 0.001
     seed: int = 0
     causal: bool = True
+    budget: bool = True
+    budget_samples: int = 64
+    answer_tokens: int = 16
 
     def __post_init__(self) -> None:
         if self.rank is not None and self.rank < 1:
@@ -39,6 +45,8 @@ class Settings:
             raise AlvtsError(f"the held-out share must be between 0 and 1, not {self.held_out}")
         if self.steps < 1 or self.batch < 1:
             raise AlvtsError("steps and batch must be at least 1")
+        if self.budget_samples < 1 or self.answer_tokens < 1:
+            raise AlvtsError("budget_samples and answer_tokens must be at least 1")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise AlvtsError(f"the learning rate must be above 0, not {self.learning_rate}")
         if self.seed < 0:

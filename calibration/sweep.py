@@ -5,6 +5,7 @@ the dense model: every layer is fitted on what it sees when nothing before it se
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from alvts_cli.engine.probe import attention_importance, project
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import QueryKey, family_of
 
-from .align import Objective, Target, align, squared_error
+from .align import Objective, Target, align, divergence
+from .budget import Answered, measure
 from .capture import Captured, advance, on_device
 from .checkpoint import Checkpoint, LayerResult
 from .initialise import Factors, initialise
@@ -27,6 +29,7 @@ def sweep(
     model: Any,
     fitted: Sequence[Captured],
     held_out: Sequence[Captured],
+    answers: Sequence[Answered],
     settings: Settings,
     rank: int,
     checkpoint: Checkpoint | None,
@@ -38,6 +41,7 @@ def sweep(
         model: of a known family, in eval mode.
         fitted: samples to fit on.
         held_out: samples to measure on.
+        answers: samples to measure on what a layer loses by keeping less; may be none.
         settings: of the run.
         rank: `R`.
         checkpoint: takes finished layers, and may hold some.
@@ -48,7 +52,7 @@ def sweep(
     """
     family = family_of(model)
     config: Any = family.text_model(model).config
-    samples = [*fitted, *held_out]
+    samples = [*fitted, *held_out, *(one.sample for one in answers)]
     results: list[LayerResult] = []
     layers: Any = family.layers(model)
     for i, layer in enumerate(layers):
@@ -63,6 +67,9 @@ def sweep(
                 rank,
                 seed=settings.seed * len(layers) + i,
             )
+            if answers:
+                losses = measure(model, i, result.selector, answers, settings.causal)
+                result = replace(result, losses=losses)
             if checkpoint:
                 checkpoint.save(i, result)
         results.append(result)
@@ -99,7 +106,7 @@ def _fit_layer(
     selector = _stored(end, projections)
     after = _measure(selector, held_out, settings)
     fit = LayerFit(before[0], after[0], before[1], after[1])
-    return LayerResult(selector.to(torch.device("cpu"), selector.key.dtype), fit)
+    return LayerResult(selector.to(torch.device("cpu"), selector.key.dtype), fit, losses=())
 
 
 @torch.no_grad()
@@ -114,7 +121,7 @@ def _measure(
     selector: LayerSelector,
     targets: Sequence[Target],
     settings: Settings,
-    objective: Objective = squared_error,
+    objective: Objective = divergence,
 ) -> tuple[float, float]:
     """Mean loss and mean recall of the `k` best tokens, over samples."""
     device = selector.key.device

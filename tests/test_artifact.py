@@ -39,7 +39,7 @@ def make_artifact(family: str = "qwen2_5_vl", **changes: Any) -> Artifact:
         ),
         causal=True,
         default_keep=0.25,
-        schedule=[1.0, 0.5, 0.0, 0.25],
+        schedules=((0.25, 0.0, 0.0, 0.125), (1.0, 0.5, 0.0, 0.25)),
         model_id="org/model",
         revision="abc",
         family="Qwen2.5-VL",
@@ -52,6 +52,8 @@ def make_artifact(family: str = "qwen2_5_vl", **changes: Any) -> Artifact:
             settings={"rank": RANK, "seed": 3},
             versions={"torch": "2"},
             layers=tuple(LayerFit(1.0, 0.1 * i, 0.3, 0.5 + 0.1 * i) for i in range(LAYERS)),
+            ratios=(0.0, 0.5),
+            losses=tuple((1.0 / (i + 1), 0.25) for i in range(LAYERS)),
         ),
     )
     return Artifact(**{**fields, **changes})
@@ -93,7 +95,7 @@ def test_what_goes_in_comes_out(dtype: torch.dtype, tmp_path: Path) -> None:
     save_artifact(made, tmp_path / "a.safetensors")
     found = load_artifact(tmp_path / "a.safetensors")
     assert (found.rank, found.hidden_size) == (RANK, WIDTH)
-    for name in ("causal", "default_keep", "schedule", "model_id", "revision", "family"):
+    for name in ("causal", "default_keep", "schedules", "model_id", "revision", "family"):
         assert getattr(found, name) == getattr(made, name)
     assert found.calibration == made.calibration
     assert torch.equal(found.fingerprint, made.fingerprint)
@@ -106,13 +108,13 @@ def test_what_goes_in_comes_out(dtype: torch.dtype, tmp_path: Path) -> None:
         assert one.eps == other.eps
 
 
-def test_without_biases_and_schedule(tmp_path: Path) -> None:
+def test_without_biases_and_schedules(tmp_path: Path) -> None:
     layers = tuple(
         LayerSelector(layer.query, layer.key, None, layer.eps) for layer in make_artifact().layers
     )
-    save_artifact(make_artifact(layers=layers, schedule=None), tmp_path / "a.safetensors")
+    save_artifact(make_artifact(layers=layers, schedules=()), tmp_path / "a.safetensors")
     found = load_artifact(tmp_path / "a.safetensors")
-    assert found.schedule is None
+    assert found.schedules == ()
     assert all(layer.query_bias is None for layer in found.layers)
 
 
@@ -217,8 +219,11 @@ def test_a_newer_format(saved: Path) -> None:
     [
         ("model", 3),
         ("rank", None),
-        ("schedule", [0.5]),
-        ("schedule", [0.5, 0.5, 0.5, float("nan")]),
+        ("schedules", [[0.5]]),
+        ("schedules", [[0.5, 0.5, 0.5, float("nan")]]),
+        ("schedules", [[0.5, 0.5, 0.5, 1]]),
+        ("schedules", [[0.5] * 4, [0.25] * 4]),
+        ("schedules", 0.5),
         ("default_keep", 0),
         ("default_keep", 2.5),
         ("norm_eps", [1e-6]),

@@ -122,8 +122,9 @@ def test_keep_comes_from_the_selectors_when_not_given():
             model(**inputs)
             assert attachment.last.kept == ((8,),) * LAYERS
             assert attachment.last.layer_average == 8
-        schedule = [1.0, 0.5, 0.25, 0.0]
-        with attach(model, make_selectors(schedule=schedule)) as attachment:
+        schedules = ((1.0, 0.5, 0.25, 0.0),)
+        selectors = make_selectors(schedules=schedules, default_keep=0.4375)
+        with attach(model, selectors) as attachment:
             model(**inputs)
             assert attachment.last.kept == ((16,), (8,), (4,), (0,))
             assert attachment.last.visual_tokens == (16,)

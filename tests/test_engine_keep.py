@@ -1,7 +1,7 @@
 import pytest
 
 from alvts_cli import AlvtsError
-from alvts_cli.engine import resolve_keep
+from alvts_cli.engine import resolve_keep, spend
 
 
 @pytest.mark.parametrize(
@@ -46,10 +46,34 @@ def test_one_number_per_layer(keep, counts):
     assert [resolved.count(layer, 100) for layer in range(3)] == counts
 
 
-def test_schedule_is_used_only_without_keep():
-    schedule = [0.1, 0.2, 0.3]
-    assert resolve_keep(None, 3, schedule).values == (0.1, 0.2, 0.3)
-    assert resolve_keep(0.5, 3, schedule).values == (0.5, 0.5, 0.5)
+SCHEDULES = [[0.5, 0.125, 0.0, 0.0], [1.0, 0.75, 0.25, 0.0]]
+"""Of mean 5/32 and 1/2."""
+
+
+def counts(keep, tokens, layers=4):
+    resolved = resolve_keep(keep, layers, SCHEDULES, 0.5)
+    return [resolved.count(layer, tokens) for layer in range(layers)]
+
+
+def test_a_layer_average_is_spent_as_the_schedules_say():
+    assert counts(0.5, 64) == counts(32, 64) == counts(None, 64) == [64, 48, 16, 0]
+    assert counts(10, 64) == [32, 8, 0, 0]
+    # Halfway to the second one, to everything, and to nothing.
+    assert counts(21, 64) == [48, 28, 8, 0]
+    assert counts(48, 64) == [64, 56, 40, 32]
+    assert counts(5, 64) == [16, 4, 0, 0]
+    assert counts(1.0, 64) == counts(99, 64) == [64] * 4
+    assert counts(0.5, 0) == [0] * 4
+    # What the user writes for every layer is taken as it is.
+    assert counts([0.5, 0, 1.0, 8], 64) == [32, 0, 64, 8]
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 64, 577])
+def test_the_layer_average_is_exact(tokens):
+    for average in range(1, tokens + 1):
+        kept = spend(SCHEDULES, average, tokens)
+        assert sum(kept) == 4 * average
+        assert all(0 <= count <= tokens for count in kept)
 
 
 def test_layers_that_choose():

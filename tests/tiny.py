@@ -127,7 +127,7 @@ class Selectors:
     layers: list[LayerSelector | None]
     causal: bool = False
     default_keep: float = 0.25
-    schedule: list[float] | None = None
+    schedules: tuple[tuple[float, ...], ...] = ()
 
 
 def make_selectors(rank: int = 3, causal: bool = False, **more: Any) -> Selectors:

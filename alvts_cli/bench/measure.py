@@ -49,7 +49,7 @@ def measure(subject: Subject, runs: int, on_run: Callable[[], None]) -> Measurem
     def run(selecting: bool) -> Generated:
         with peak_memory(model.device) as peak:
             if selecting:
-                with attach(model, subject.selectors, subject.keep.values) as attachment:
+                with attach(model, subject.selectors, subject.keep) as attachment:
                     result = generate(model, inputs, NEW_TOKENS, attachment, ignore_end=True)
                     if attachment.last is not None:
                         kept.append(attachment.last)

@@ -19,7 +19,7 @@ class RandomSelectors:
     layers: list[LayerSelector]
     causal: bool = True
     default_keep: float = DEFAULT_KEEP
-    schedule: list[float] | None = None
+    schedules: tuple[tuple[float, ...], ...] = ()
 
 
 def random_selectors(model: Any) -> RandomSelectors:

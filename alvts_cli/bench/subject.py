@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..artifact import load_artifact
-from ..engine import Keep, Selectors, resolve_keep
+from ..engine import Keep, Selectors, keep_of
 from ..families import family_of
 from ..memory import memory_need, require_memory
 from ..models import cpu_computes_bfloat16, find_selectors, load_model, parse_device, parse_dtype
@@ -44,7 +44,7 @@ class Subject:
         inputs: on the model's device, without padding, the same prompt `batch` times.
         prompt: its size.
         selectors: of this model.
-        keep: one value per layer.
+        keep: what each layer keeps.
         settings: plain values that say what this is, for the report.
     """
 
@@ -158,10 +158,7 @@ def _subject(
     visual = int(family.visual_mask(model, inputs["input_ids"])[0].sum())
     prompt = Prompt(visual, inputs["input_ids"].shape[1] - visual)
     depth = len(family.layers(model))
-    keep = wanted.keep
-    if keep is None and selectors.schedule is None:
-        keep = str(selectors.default_keep)
-    resolved = resolve_keep(keep, depth, selectors.schedule)
+    resolved = keep_of(selectors, wanted.keep)
     alike = len(set(resolved.values)) == 1
     settings = {
         "model": wanted.name,

@@ -20,16 +20,13 @@ def info(
 
     artifact = load_artifact(file)
     record = artifact.calibration
-    keep = str(artifact.default_keep)
-    if artifact.schedule is not None:
-        keep = f"a schedule of mean {sum(artifact.schedule) / len(artifact.schedule):.3f}"
     facts = {
         "model": artifact.model_id + (f" @ {artifact.revision}" if artifact.revision else ""),
         "family": artifact.family,
         "selectors": f"{len(artifact.layers)} layers, rank {artifact.rank}, "
         f"hidden size {artifact.hidden_size}, {artifact.layers[0].key.dtype}",
         "rows": "causal" if artifact.causal else "full",
-        "default keep": keep,
+        "default keep": f"{artifact.default_keep:.3f}",
         "size": f"{file.stat().st_size:,} bytes",
         "data": record.data,
         "samples": f"{record.fitted} fitted, {record.held_out} held out",

@@ -13,10 +13,10 @@ the model or of transformers is patched. Another way of ranking tokens is one cl
 method, a `Scorer`, given to `attach_scorer`.
 """
 
-from .attach import Attachment, Prefill, Scorer, Selectors, attach, attach_scorer
+from .attach import Attachment, Prefill, Scorer, Selectors, attach, attach_scorer, keep_of
 from .cache import SelectiveLayer, prepare_cache
 from .flops import PrefillFlops, kv_bytes, kv_bytes_expected, prefill_flops
-from .keep import Keep, KeepArgument, resolve_keep
+from .keep import Keep, KeepArgument, Schedules, Solved, resolve_keep, spend
 from .plan import Plan
 from .scoring import LayerSelector, fold, importance
 from .selecting import select
@@ -29,17 +29,21 @@ __all__ = [
     "Plan",
     "Prefill",
     "PrefillFlops",
+    "Schedules",
     "Scorer",
     "SelectiveLayer",
     "Selectors",
+    "Solved",
     "attach",
     "attach_scorer",
     "fold",
     "importance",
+    "keep_of",
     "kv_bytes",
     "kv_bytes_expected",
     "prefill_flops",
     "prepare_cache",
     "resolve_keep",
     "select",
+    "spend",
 ]

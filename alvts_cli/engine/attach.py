@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import AlvtsError
 from ..families import family_of
 from .cache import SelectiveLayer, prepare_cache
-from .keep import Keep, KeepArgument, resolve_keep
+from .keep import Keep, KeepArgument, Schedules, resolve_keep
 from .masks import build_mask, mask_style
 from .merging import gather_hidden, gather_positions, merge
 from .plan import Plan, make_plan, read_inputs
@@ -34,7 +34,7 @@ class Selectors(Protocol):
     @property
     def default_keep(self) -> float: ...
     @property
-    def schedule(self) -> list[float] | None: ...
+    def schedules(self) -> Schedules: ...
 
 
 class Scorer(Protocol):
@@ -114,7 +114,7 @@ class _SelectorScorer:
         return importance(hidden, self.layers[layer_index], plan.visual, plan.text, self.causal)
 
 
-def attach(model: Any, selectors: Selectors, keep: KeepArgument = None) -> "Attachment":
+def attach(model: Any, selectors: Selectors, keep: KeepArgument | Keep = None) -> "Attachment":
     """Make `model` select its visual tokens in every layer, until the attachment is detached.
 
         with attach(model, selectors, keep=0.11):
@@ -123,7 +123,8 @@ def attach(model: Any, selectors: Selectors, keep: KeepArgument = None) -> "Atta
     Args:
         model: a vision-language model of a known family.
         selectors: fitted for this model.
-        keep: see `resolve_keep`; None takes the selectors' schedule, or their default.
+        keep: see `resolve_keep`; a layer average is spent as the selectors' schedules say, where
+            they have any, and None takes their default.
 
     Raises:
         AlvtsError: unknown architecture, sliding windows, an unknown attention implementation,
@@ -135,9 +136,7 @@ def attach(model: Any, selectors: Selectors, keep: KeepArgument = None) -> "Atta
             f"the selectors are for {len(selectors.layers)} layers but the model has "
             f"{len(layers)}; use selectors fitted for this model"
         )
-    if keep is None and selectors.schedule is None:
-        keep = selectors.default_keep
-    resolved = resolve_keep(keep, len(layers), selectors.schedule)
+    resolved = keep_of(selectors, keep)
     for i, selector in enumerate(selectors.layers):
         if selector is None and resolved.chooses(i):
             raise AlvtsError(
@@ -151,6 +150,13 @@ def attach(model: Any, selectors: Selectors, keep: KeepArgument = None) -> "Atta
                     f"the model has {width}; use selectors fitted for this model"
                 )
     return attach_scorer(model, _SelectorScorer(selectors, layers), resolved)
+
+
+def keep_of(selectors: Selectors, keep: KeepArgument | Keep) -> Keep:
+    """What each layer keeps when `attach` is given `keep`; the same errors as `resolve_keep`."""
+    if isinstance(keep, Keep):
+        return keep
+    return resolve_keep(keep, len(selectors.layers), selectors.schedules, selectors.default_keep)
 
 
 def attach_scorer(model: Any, scorer: Scorer, keep: KeepArgument | Keep) -> "Attachment":

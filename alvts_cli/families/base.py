@@ -87,6 +87,12 @@ class Family:
             norm_eps=norm.variance_epsilon,
         )
 
+    def logits(self, model: Any, hidden: Tensor) -> Tensor:
+        """Output of the last decoder layer `[B, T, D]` -> logits `[B, T, V]`."""
+        states: Tensor = self.text_model(model).norm(hidden)  # type: ignore[operator]
+        logits: Tensor = model.lm_head(states.to(model.lm_head.weight.device))
+        return logits
+
     def check(self, model: Any) -> None:
         """Refuse what the method cannot run on.
 

@@ -5,9 +5,8 @@ in the table of `methods`. Everything else (hooks, cache, masks, batches, paddin
 engine's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, ClassVar
 
@@ -15,26 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..engine import Attachment, Keep, Plan, Selectors, attach_scorer
+from ..engine import Attachment, Keep, Plan, Selectors, Solved, attach_scorer
 from ..engine.probe import Projected, project
 from ..families import family_of
-
-
-@dataclass(frozen=True)
-class Schedule(Keep):
-    """Counts that depend on how many visual tokens a sample has.
-
-    `values` only says how many layers there are.
-
-    Attributes:
-        solve: visual tokens of a sample -> tokens kept, one number per layer.
-    """
-
-    solve: Callable[[int], tuple[int, ...]]
-
-    def count(self, layer: int, visual_tokens: int) -> int:
-        """`k` of a layer for a sample with `visual_tokens` visual tokens."""
-        return self.solve(visual_tokens)[layer] if visual_tokens else 0
 
 
 class Method:
@@ -106,7 +88,7 @@ class Method:
         def solve(visual_tokens: int) -> tuple[int, ...]:
             return self.schedule(visual_tokens, layers, target.count(0, visual_tokens))
 
-        with attach_scorer(model, self, Schedule((1.0,) * layers, solve)) as attachment:
+        with attach_scorer(model, self, Solved((1.0,) * layers, solve)) as attachment:
             yield attachment
 
 
