@@ -1,11 +1,12 @@
 """Where visual tokens are worth their cost.
 
-Layers differ: some need every visual token, most need hardly any. What a layer loses at a few values
-of `k` is measured with that layer alone restricted, and a layer average is then spent where it
-lowers the sum of the losses most.
+Layers differ: some need every visual token, most need hardly any. What a layer loses at a few
+values of `k` is measured with that layer alone restricted, and a layer average is then spent where
+it lowers the sum of the losses most.
 
-Measured on pocket (dense 96.9 %, 225 calibration scenes of which 75 ask for counts, 105 questions of
-easy-VQA's train split; percent right, KL of the answer in brackets; the same selectors throughout):
+Measured on pocket (dense 96.9 %, 225 calibration scenes of which 75 ask for counts, 105 questions
+of easy-VQA's train split; percent right, KL of the answer in brackets; the same selectors
+throughout; schedules as `solve` gives them, `refine` not yet):
 
     layer average         33 %          22 %          11 %          5 %           easy-VQA at 5 %
     uniform, alvts        90.7 (.294)   84.9 (.403)   76.4 (.631)   71.1 (.876)   97.1
@@ -22,74 +23,34 @@ What did not pay:
   .166, .316, .377; at 22 % .131, then .188, .415; only at 5 % it fell, .180, then .104, .094, .099.
   Moves of all layers at once overshoot, and the noise of a sample's worst answers is fitted.
 - Ranking tokens by the answer's gradient to a gate on each (what the token's own update and its
-  key and value are worth, to first order) instead of `S*`, as an oracle: under a uniform ratio 83.1 against
-  77.3 % at 11 %, under the budget 91.1 against 90.7 %: the budget makes up for the score.
+  key and value are worth, to first order) instead of `S*`, as an oracle: under a uniform ratio 83.1
+  against 77.3 % at 11 %, under the budget 91.1 against 90.7 %: the budget makes up for the score.
+- The table's loss as a mean of roots, of fourth roots or of clipped losses: no difference beyond
+  chance (89.3 to 90.7 % at 11 %).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from alvts_cli.engine import Keep, LayerSelector, importance, select
-from alvts_cli.engine.merging import gather_hidden, gather_positions, merge
+from alvts_cli.engine import Keep, LayerSelector, importance
 from alvts_cli.families import family_of
 
-from .capture import Captured, capture, on_device, run_layer
+from .answers import Answered, answer_divergence, run_restricted
+from .capture import on_device, run_layer
 
 UNITS = 64
-"""Of these a layer keeps some: schedules are in steps of so much of the visual tokens."""
+"""A layer keeps so many of these: schedules are in 64ths of the visual tokens."""
 
-STEPS = (0, 1, 2, 4, 8, 16, 32, 48)
+STEPS = (0, 2, 8, 16, 32)
 """Units at which a layer's loss is measured; at all `UNITS` of them it is nothing."""
 
 RATIOS = tuple(step / UNITS for step in STEPS)
 
-AVERAGES = (1 / 32, 1 / 18, 1 / 9, 1 / 6, 2 / 9, 1 / 3, 1 / 2)
-"""Layer averages that are solved for; what lies between them is interpolated by the engine."""
-
-
-@dataclass
-class Answered:
-    """A prompt with the dense model's own answer behind it.
-
-    Attributes:
-        sample: hidden states and positions of prompt and answer, without the answer's last token.
-        answer: tokens of the answer; the last so many rows predict them.
-    """
-
-    sample: Captured
-    answer: int
-
-
-@torch.no_grad()
-def answered(model: Any, inputs: Any, new_tokens: int) -> Answered:
-    """Let the dense model answer greedily, and capture what reaches layer 0 of both.
-
-    Args:
-        model: of a known family.
-        inputs: a batch of one, on the model's device and in its dtype.
-        new_tokens: the longest answer.
-    """
-    prompt = inputs["input_ids"].shape[1]
-    config = model.generation_config
-    end = config.eos_token_id
-    pad = config.pad_token_id
-    if pad is None:
-        pad = end[0] if isinstance(end, list) else end or 0
-    output = model.generate(
-        **inputs, do_sample=False, num_beams=1, max_new_tokens=new_tokens, pad_token_id=pad
-    )
-    answer = output.shape[1] - prompt
-    whole = dict(inputs)
-    whole["input_ids"] = output[:, :-1]
-    # One number per token: text is 1 in the attention mask and 0 among the kinds of token.
-    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
-        if name in whole:
-            whole[name] = torch.nn.functional.pad(whole[name], (0, answer - 1), value=value)
-    return Answered(capture(model, whole), answer)
+AVERAGES = (3, 7, 14, 21)
+"""Units per layer that schedules are found for, the fields' 11, 22 and 33 % among them; what lies
+between is interpolated by the engine."""
 
 
 @torch.no_grad()
@@ -114,7 +75,8 @@ def measure(
     """
     family = family_of(model)
     layers: Any = family.layers(model)
-    implementation = family.text_model(model).config._attn_implementation  # type: ignore[union-attr]
+    text_model: Any = family.text_model(model)
+    implementation = text_model.config._attn_implementation
     layer = layers[index]
     norm = layer.input_layernorm.weight
     selector = selector.to(norm.device, norm.dtype)
@@ -128,41 +90,33 @@ def measure(
         outcomes = [run_layer(layer, implementation, hidden, positions)]
         for ratio in RATIOS:
             kept = Keep((ratio,)).count(0, int(visual.sum()))
-            counts = torch.tensor([kept], device=hidden.device)
-            rows, _ = select(scores, counts, ~visual, kept + int((~visual).sum()))
-            out = run_layer(
-                layer,
-                implementation,
-                gather_hidden(hidden, rows),
-                gather_positions(positions, rows),
+            outcomes.append(
+                run_restricted(layer, implementation, hidden, positions, visual, scores, kept)
             )
-            outcomes.append(merge(hidden, rows, out, None))
         # All outcomes go through the other layers as one batch.
         states = torch.cat(outcomes)
         for later in layers[index + 1 :]:
             states = run_layer(later, implementation, states, one.sample.positions)
         found = family.logits(model, states[:, -one.answer :]).float().log_softmax(dim=-1)
-        dense = found[:1]
-        divergence = (dense.exp() * (dense - found[1:])).sum(dim=-1).mean(dim=-1)
-        total += divergence.clamp(min=0).double().cpu()
+        total += answer_divergence(found[:1], found[1:]).double().cpu()
     return tuple((total / len(samples)).tolist())
 
 
-def solve(losses: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
-    """The schedules of least total loss for each of `AVERAGES`: one ratio per layer.
+def solve(losses: Sequence[Sequence[float]], average: int) -> tuple[int, ...]:
+    """The units of every layer that have the least sum of losses.
 
-    Exact dynamic programming over `UNITS`, taking the loss of several layers for the sum of theirs
+    Exact dynamic programming over `STEPS`, taking the loss of several layers for the sum of theirs
     alone. A loss that is smaller than one measured at more tokens is an accident of the samples,
-    and raised to it.
+    and raised to it. What `STEPS` cannot spend goes to the first layers.
 
     Args:
         losses: `[layer][ratio]`, as `measure` gives them.
+        average: units per layer.
 
     Returns:
-        Sorted by mean, no two alike, the mean at most the average solved for.
+        One number per layer, `average * L` in all.
     """
-    count = len(losses)
-    limit = int(max(AVERAGES) * UNITS * count)
+    limit = average * len(losses)
     best = [0.0] * (limit + 1)
     choices: list[list[int]] = []
     for layer in losses:
@@ -175,16 +129,16 @@ def solve(losses: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
             )
         best = following
         choices.append(chosen)
-    found = []
-    for average in AVERAGES:
-        units = int(average * UNITS * count)
-        ratios = []
-        for chosen in reversed(choices):
-            ratios.append(chosen[units] / UNITS)
-            units -= chosen[units]
-        found.append(tuple(reversed(ratios)))
-    by_mean = {sum(ratios): ratios for ratios in found if any(ratios)}
-    return tuple(by_mean[mean] for mean in sorted(by_mean))
+    found: list[int] = []
+    left = limit
+    for chosen in reversed(choices):
+        found.insert(0, chosen[left])
+        left -= chosen[left]
+    for i, units in enumerate(found):
+        more = min(left, UNITS - units)
+        found[i] += more
+        left -= more
+    return tuple(found)
 
 
 def _falling(losses: Sequence[float]) -> list[float]:

@@ -21,8 +21,8 @@ from alvts_cli.errors import AlvtsError
 
 @dataclass(frozen=True)
 class LayerResult:
-    """A fitted layer: the selector on the CPU as it goes into the artifact, how good it is, and what
-    restricting the layer loses (see `budget.measure`; empty where that was not asked for)."""
+    """A fitted layer: the selector on the CPU as it goes into the artifact, how good it is, and
+    what the layer loses by keeping less (see `budget.measure`; empty where not asked for)."""
 
     selector: LayerSelector
     fit: LayerFit

@@ -1,9 +1,9 @@
-"""The table at the end of a calibration."""
+"""The tables at the end of a calibration."""
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from alvts_cli.artifact import CalibrationRecord
+from alvts_cli.artifact import Artifact, CalibrationRecord
 
 
 def fit_table(record: CalibrationRecord) -> Table:
@@ -21,3 +21,21 @@ def fit_table(record: CalibrationRecord) -> Table:
             f"{fit.recall_after:.3f}",
         )
     return table
+
+
+def budget_table(artifact: Artifact) -> Table:
+    """What every layer loses alone, and what it keeps at each average that was solved for."""
+    record = artifact.calibration
+    table = Table("layer", box=SIMPLE_HEAD)
+    for ratio in record.ratios:
+        table.add_column(f"loss at {_percent(ratio)}", justify="right")
+    for schedule in artifact.schedules:
+        table.add_column(f"of {_percent(sum(schedule) / len(schedule))}", justify="right")
+    for i, losses in enumerate(record.losses):
+        kept = [_percent(schedule[i]) for schedule in artifact.schedules]
+        table.add_row(str(i), *(f"{loss:.4f}" for loss in losses), *kept)
+    return table
+
+
+def _percent(ratio: float) -> str:
+    return f"{ratio:.1%}"

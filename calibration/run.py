@@ -15,10 +15,12 @@ from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of
 from alvts_cli.prompts import build_inputs
 
-from .budget import RATIOS, Answered, answered, solve
+from .answers import Answered, answered
+from .budget import RATIOS
 from .capture import Captured, capture
 from .checkpoint import Checkpoint
 from .data import Reader, Sample
+from .refine import Joint, find_schedules
 from .settings import Settings, default_rank
 from .sweep import sweep
 
@@ -36,11 +38,13 @@ class Watch:
         skipped: gets a line about a sample that could not be used.
         layer: after a layer is finished (and on disk, with a checkpoint); gets its index, from
             0, the number of layers, and how good the fit is.
+        trial: after a schedule was tried; gets the number so far, and that of all.
     """
 
     sample: Callable[[int], None] = _ignore
     skipped: Callable[[str], None] = _ignore
     layer: Callable[[int, int, LayerFit], None] = _ignore
+    trial: Callable[[int, int], None] = _ignore
 
 
 def calibrate(
@@ -117,18 +121,24 @@ def calibrate(
         model,
         fitted,
         held_out,
-        answers,
+        # Shallow copies: the sweep replaces the hidden states, and schedules start at layer 0.
+        [replace(one, sample=replace(one.sample)) for one in answers[: settings.loss_samples]],
         settings,
         rank,
         checkpoint,
         lambda i, fit: watch.layer(i, len(layers), fit),
     )
-    losses = tuple(result.losses for result in results)
+    selectors = tuple(result.selector for result in results)
+    losses = tuple(result.losses for result in results) if answers else ()
+    schedules: tuple[tuple[float, ...], ...] = ()
+    if answers:
+        joint = Joint(model, selectors, answers, settings.causal)
+        schedules = find_schedules(joint, losses, settings.seed, watch.trial)
     return Artifact(
-        layers=tuple(result.selector for result in results),
+        layers=selectors,
         causal=settings.causal,
         default_keep=settings.keep,
-        schedules=solve(losses) if answers else (),
+        schedules=schedules,
         model_id=model_id or config_name(model),
         revision=revision,
         family=family.name,
@@ -142,7 +152,7 @@ def calibrate(
             versions=versions,
             layers=tuple(result.fit for result in results),
             ratios=RATIOS if answers else (),
-            losses=losses if answers else (),
+            losses=losses,
         ),
     )
 

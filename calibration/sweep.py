@@ -18,7 +18,8 @@ from alvts_cli.errors import AlvtsError
 from alvts_cli.families import QueryKey, family_of
 
 from .align import Objective, Target, align, divergence
-from .budget import Answered, measure
+from .answers import Answered
+from .budget import measure
 from .capture import Captured, advance, on_device
 from .checkpoint import Checkpoint, LayerResult
 from .initialise import Factors, initialise

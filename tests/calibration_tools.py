@@ -40,5 +40,5 @@ def scenes(count: int = 12, seed: int = 0) -> Any:
 
 
 def fast(**more: Any) -> Settings:
-    """Few steps."""
-    return Settings(**{"rank": RANK, "steps": 10, "batch": 4, **more})
+    """Few steps, and no budget unless it is asked for."""
+    return Settings(**{"rank": RANK, "steps": 10, "batch": 4, "budget": False, **more})

@@ -1,6 +1,7 @@
 """Initialisation, alignment and the sweep over layers."""
 
 import gc
+import math
 import weakref
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from alvts_cli.engine.probe import attention_importance, project
 from alvts_cli.families import QueryKey, family_of
 from alvts_cli.prompts import build_inputs
 from calibration import Checkpoint, Sample, Settings, Watch, calibrate
-from calibration.align import Target, align, squared_error
+from calibration.align import Target, align, divergence
 from calibration.capture import advance, capture
 from calibration.initialise import initialise
 from calibration.settings import default_rank
@@ -68,15 +69,25 @@ def test_singular_values_are_split_evenly_and_truncated() -> None:
 def test_the_objective_sees_shape_not_scale() -> None:
     visual = torch.ones(2, 4, dtype=torch.bool)
     reference = torch.tensor([[1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 1.0, 0.0]]) * 1e-9
-    assert squared_error(reference * 7, reference, visual).max() < 1e-9
-    other = torch.tensor([[4.0, 3.0, 2.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
+    assert divergence(reference * 7, reference, visual).abs().max() < 1e-6
+    other = torch.tensor([[4.0, 3.0, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    # By hand: sum of p log(p / q) with p = .1 .2 .3 .4 and q its reverse; and log 4.
+    by_hand = sum(p * math.log(p / (0.5 - p)) for p in (0.1, 0.2, 0.3, 0.4))
     torch.testing.assert_close(
-        squared_error(other, reference, visual), torch.tensor([20 / 30, 2.0])
+        divergence(other, reference, visual), torch.tensor([by_hand, math.log(4)])
+    )
+    # What is not visual does not count.
+    three = torch.tensor([[True, True, True, False]])
+    torch.testing.assert_close(
+        divergence(
+            torch.tensor([[1.0, 2.0, 3.0, 0.0]]), torch.tensor([[2.0, 4.0, 6.0, 0.0]]), three
+        ),
+        torch.zeros(1),
     )
     # No visual token was seen by any text row, or all importances underflow.
     nothing = torch.zeros(2, 4)
-    assert squared_error(nothing, reference, visual).isfinite().all()
-    assert squared_error(reference, nothing, visual).isfinite().all()
+    assert divergence(nothing, reference, visual).isfinite().all()
+    assert divergence(reference, nothing, visual).isfinite().all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -96,7 +107,7 @@ def test_alignment_comes_closer_to_the_reference(family: str) -> None:
     def loss(factors: Any) -> float:
         selector = factors.selector(of)
         losses = [
-            squared_error(
+            divergence(
                 importance(t.hidden, selector, t.visual, ~t.visual, True).masked_fill(~t.visual, 0),
                 t.reference,
                 t.visual,
@@ -184,14 +195,14 @@ class Crash(BaseException):
 @pytest.mark.parametrize("last", range(LAYERS))
 def test_a_resumed_run_gives_the_uninterrupted_file(last: int, tmp_path: Path) -> None:
     model = make_small()
-    fit(model, tmp_path / "whole")
+    fit(model, tmp_path / "whole", budget=True)
 
     def crash(index: int, count: int, fit: object) -> None:
         if index == last:
             raise Crash
 
     with pytest.raises(Crash):
-        fit(model, tmp_path / "resumed", watch=Watch(layer=crash))
+        fit(model, tmp_path / "resumed", watch=Watch(layer=crash), budget=True)
     folder = tmp_path / "resumed.partial"
     assert len(list(folder.glob("layer-*"))) == last + 1
     assert not (tmp_path / "resumed").exists()
@@ -207,7 +218,7 @@ def test_a_resumed_run_gives_the_uninterrupted_file(last: int, tmp_path: Path) -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("calibration.sweep.align", counting)
-        fit(model, tmp_path / "resumed", resume=True)
+        fit(model, tmp_path / "resumed", resume=True, budget=True)
     assert len(fitted_again) == LAYERS - 1 - last
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
     assert not folder.exists()
@@ -258,9 +269,11 @@ def test_memory_is_flat_in_the_number_of_layers(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("calibration.sweep.align", watched_align)
     monkeypatch.setattr("calibration.sweep.advance", watched_advance)
-    record = calibrate(make_small(), make_processor(), scenes(), fast()).calibration
-    assert len(alive) == (LAYERS - 1) * (record.fitted + record.held_out)
-    assert max(counts) == record.fitted + record.held_out
+    settings = fast(budget=True, loss_samples=5)
+    record = calibrate(make_small(), make_processor(), scenes(), settings).calibration
+    samples = record.fitted + record.held_out + 5
+    assert len(alive) == (LAYERS - 1) * samples
+    assert max(counts) == samples
 
 
 def test_samples_that_cannot_be_used_are_skipped_and_told() -> None:
@@ -320,6 +333,9 @@ def test_the_papers_ranks() -> None:
         {"learning_rate": 0},
         {"learning_rate": float("nan")},
         {"seed": -1},
+        {"loss_samples": 0},
+        {"budget_samples": 0},
+        {"answer_tokens": 0},
     ],
 )
 def test_settings_without_sense(wrong: dict[str, Any]) -> None:

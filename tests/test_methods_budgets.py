@@ -8,7 +8,8 @@ from methods_tools import LAYERS, attached_run, deep_model, dense_run, prompts
 from tiny import FAMILIES, Prompt, make_inputs, make_model, make_selectors, one_image
 
 from alvts_cli import AlvtsError
-from alvts_cli.engine import LayerSelector, fold
+from alvts_cli.engine import LayerSelector, fold, spend
+from alvts_cli.families import family_of
 from alvts_cli.methods import METHODS, make_method
 from alvts_cli.methods.base import Method
 from alvts_cli.methods.downsample import Downsample, _grid, _pictures, _pooling, _shares
@@ -62,7 +63,7 @@ def test_dense_keeps_everything():
 
 @pytest.mark.parametrize("layers", [1, 2, 4, 16, 28, 32, 36, 40])
 @pytest.mark.parametrize("visual", [1, 3, 7, 24, 256, 577])
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "alvts"])
+@pytest.mark.parametrize("name", [n for n in METHODS if not n.startswith("alvts")])
 def test_any_depth_and_any_number_of_tokens(name, visual, layers):
     if name in ("fastv", "dart") and layers == 1:
         pytest.skip("there is no layer to prune at")
@@ -214,6 +215,46 @@ def test_oracle_is_alvts_with_a_perfect_selector():
         with make_method("oracle").attached(model, 16, ["a", "b"]):
             perfect = model(**inputs).logits
     torch.testing.assert_close(fitted, perfect, rtol=1e-4, atol=1e-4)
+
+
+SCHEDULES = ((0.25, 0.0, 0.0, 0.0), (1.0, 0.5, 0.0, 0.5))
+
+
+@pytest.mark.parametrize("name", ["alvts", "random-budgeted", "oracle"])
+@pytest.mark.parametrize("budget", [16, 0.25])
+def test_schedules_are_followed(name, budget):
+    """Between 1/16 and 1/2 on average: every layer goes in step from one schedule to the other."""
+    model = make_model("llava_next")
+    selectors = make_selectors(schedules=SCHEDULES)
+    visual = make_prompt_tokens(model)
+    with (
+        torch.no_grad(),
+        make_method(name, selectors).attached(model, budget, ["a"]) as attachment,
+    ):
+        model(**make_inputs(model, one_image("llava_next")))
+    kept = tuple(count for (count,) in attachment.last.kept)
+    average = budget if isinstance(budget, int) else math.floor(budget * visual)
+    assert kept == spend(SCHEDULES, average, visual)
+    assert sum(kept) == 4 * average
+    assert len(set(kept)) > 2
+
+
+def test_uniform_means_the_same_in_every_layer():
+    model = make_model("llava_next")
+    selectors = make_selectors(schedules=SCHEDULES)
+    for budget, expected in ((7, 7), (0.25, math.floor(make_prompt_tokens(model) / 4))):
+        with (
+            torch.no_grad(),
+            make_method("alvts-uniform", selectors).attached(model, budget, ["a"]) as attachment,
+        ):
+            model(**make_inputs(model, one_image("llava_next")))
+        assert attachment.last.kept == ((expected,),) * 4
+
+
+def make_prompt_tokens(model):
+    """Visual tokens of the prompt with one image."""
+    inputs = make_inputs(model, one_image("llava_next"))
+    return int(family_of(model).visual_mask(model, inputs["input_ids"]).sum())
 
 
 def test_shares_of_several_pictures_add_up():

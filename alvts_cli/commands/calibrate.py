@@ -32,6 +32,13 @@ def calibrate(
     ] = None,
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
+    budget: Annotated[
+        bool,
+        typer.Option(
+            help="Also find how a layer average is best spent over the layers; without it every "
+            "layer keeps the same."
+        ),
+    ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same file.")] = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was interrupted.")
@@ -47,7 +54,7 @@ def calibrate(
 
     from calibration import Checkpoint, Settings, Watch, read_data
     from calibration import calibrate as fit
-    from calibration.report import fit_table
+    from calibration.report import budget_table, fit_table
 
     from ..artifact import LayerFit, check_writable, save_artifact
     from ..models import load_model
@@ -56,7 +63,7 @@ def calibrate(
     # Everything that can be wrong is found before the model is loaded.
     check_writable(output)
     checkpoint = Checkpoint(output, resume)
-    settings = Settings(rank=rank, seed=seed)
+    settings = Settings(rank=rank, seed=seed, budget=budget)
     reader = read_data(data, image_folder, samples, seed)
     words = Console(stderr=True, soft_wrap=True)
     loaded = load_model(model, device, dtype)
@@ -74,10 +81,14 @@ def calibrate(
         ) as progress:
             images = progress.add_task("images", total=samples, done="")
             layers = progress.add_task("layers", total=None, done="")
+            schedules = progress.add_task("schedules", total=None, done="", visible=budget)
 
             def on_layer(index: int, count: int, fit: LayerFit) -> None:
                 done = f"{index + 1} of {count}, recall {fit.recall_after:.3f}"
                 progress.update(layers, total=count, completed=index + 1, done=done)
+
+            def on_trial(count: int, of: int) -> None:
+                progress.update(schedules, total=of, completed=count, done=f"{count} of {of}")
 
             artifact = fit(
                 loaded.model,
@@ -93,6 +104,7 @@ def calibrate(
                     ),
                     skipped=refused.append,
                     layer=on_layer,
+                    trial=on_trial,
                 ),
             )
     except KeyboardInterrupt:
@@ -116,5 +128,11 @@ def calibrate(
         f"on {record.held_out} samples that were not fitted; recall of the layer's own choice at "
         f"keep {k}; before: SVD alone"
     )
+    if artifact.schedules:
+        console.print(budget_table(artifact))
+        console.print(
+            "loss: KL of the answer to the dense model's when this layer alone keeps so much; "
+            "of: what the layer keeps at that layer average"
+        )
     size = output.stat().st_size
     console.print(f"wrote {output} ({size:,} bytes)", soft_wrap=True, markup=False)

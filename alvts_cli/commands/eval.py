@@ -9,7 +9,7 @@ from ..bench.metrics import Gate
 from ..errors import AlvtsError
 from ..evaluate.gates import FIGURES, parse_gate
 from ..evaluate.scoring import SCORINGS
-from ..methods import METHODS, check_method
+from ..methods import FITTED, METHODS, check_method
 from .options import DeviceOption, DTypeOption, ModelOption, SelectorsOption
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _plan(
     from ..methods import make_method
 
     artifact = file = None
-    if "alvts" in names:
+    if set(FITTED) & set(names):
         file = selectors or _find_selectors(loaded)
         artifact = load_artifact(file)
         artifact.check_model(loaded.model, loaded.name)
@@ -231,7 +231,7 @@ def _find_selectors(loaded: "Loaded") -> Path:
     except AlvtsError:
         raise AlvtsError(
             f"no selectors for {loaded.name}; fit some with: alvts calibrate --model "
-            f"{loaded.name}, or leave alvts out of --methods"
+            f"{loaded.name}, or leave {', '.join(FITTED)} out of --methods"
         ) from None
 
 

@@ -14,7 +14,7 @@ def info(
     from rich.table import Table
     from rich.text import Text
 
-    from calibration.report import fit_table
+    from calibration.report import budget_table, fit_table
 
     from ..artifact import load_artifact
 
@@ -41,3 +41,5 @@ def info(
     console = Console()
     console.print(about)
     console.print(fit_table(record))
+    if artifact.schedules:
+        console.print(budget_table(artifact))

@@ -19,6 +19,9 @@ from .scoring import SCORINGS
 FORMAT = 1
 """Of the JSON object; raised when a name in it changes its meaning."""
 
+_GROUPS = 4
+"""Groups of layers that fit in a cell: PyramidDrop's."""
+
 
 def to_table(summary: Summary) -> RenderableType:
     """Method by budget, under what the figures stand against."""
@@ -93,7 +96,10 @@ def by_kind(summary: Summary) -> RenderableType:
 
 
 def by_layer(kept: tuple[tuple[int, int], ...]) -> str:
-    """`((256, 1), (13, 15))` as `256x1 13x15`."""
+    """`((256, 1), (13, 15))` as `256x1 13x15`; of many different numbers the least and the most."""
+    if len(kept) > _GROUPS:
+        counts = [count for count, _ in kept]
+        return f"{min(counts)} to {max(counts)}"
     return " ".join(f"{count}x{layers}" for count, layers in kept)
 
 

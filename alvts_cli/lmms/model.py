@@ -20,7 +20,7 @@ from ..engine.keep import KeepArgument, resolve_keep
 from ..errors import AlvtsError
 from ..evaluate.batches import collate, end_token
 from ..families import family_of
-from ..methods import check_method, make_method
+from ..methods import FITTED, check_method, make_method
 from ..methods.base import Method
 from ..models import load_model
 from ..prompts import MARKER, build_inputs, read_image
@@ -93,7 +93,9 @@ class Alvts(lmms):
             values = set(resolve_keep(keep, len(family_of(model).layers(model))).values)
             if len(values) > 1:
                 raise AlvtsError(f"the method {method} takes one keep, not one per layer")
-            self._peer = make_method(method), values.pop()
+            path = None if selectors is None else Path(selectors)
+            given = selectors_for(self._loaded, path) if method in FITTED else None
+            self._peer = make_method(method, given), values.pop()
 
     @torch.inference_mode()
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:

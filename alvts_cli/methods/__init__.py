@@ -19,16 +19,21 @@ if TYPE_CHECKING:
 METHODS = {
     "dense": "dense:Dense",
     "alvts": "alvts:Alvts",
+    "alvts-uniform": "alvts:AlvtsUniform",
     "fastv": "fastv:FastV",
     "pyramiddrop": "pyramiddrop:PyramidDrop",
     "dart": "dart:Dart",
     "vtw": "vtw:Vtw",
     "random": "random:Random",
     "random-static": "random:RandomStatic",
+    "random-budgeted": "random:RandomBudgeted",
     "downsample": "downsample:Downsample",
     "oracle": "oracle:Oracle",
 }
 """Name -> file of this folder, and class in it."""
+
+FITTED = ("alvts", "alvts-uniform", "random-budgeted", "oracle")
+"""Those that are given selectors: for their scores, their schedules or both."""
 
 
 def check_method(name: str) -> None:

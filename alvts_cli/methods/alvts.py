@@ -1,4 +1,4 @@
-"""This project's method."""
+"""This project's method, and what it would be without its budget."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ from .base import Method
 class Alvts(Method):
     """Every layer ranks all visual tokens with its fitted selector and keeps the budget's number.
 
-    What one layer skips the next may take. The same number is kept in every layer: both counts,
-    after the first decision and on average, are the budget.
+    What one layer skips the next may take. The budget is spent over the layers as calibration found
+    it to pay.
     """
 
     name = "alvts"
@@ -35,4 +35,18 @@ class Alvts(Method):
     ) -> Iterator[Attachment]:
         """As every user attaches it."""
         with attach(model, self.fitted, budget) as attachment:
+            yield attachment
+
+
+class AlvtsUniform(Alvts):
+    """The same selectors, the same number of tokens in every layer: the paper's method."""
+
+    name = "alvts-uniform"
+
+    @contextmanager
+    def attached(
+        self, model: Any, budget: int | float, samples: Sequence[str]
+    ) -> Iterator[Attachment]:
+        """With one number per layer, which no schedule changes."""
+        with attach(model, self.fitted, [budget] * len(self.fitted.layers)) as attachment:
             yield attachment

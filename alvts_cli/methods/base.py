@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..engine import Attachment, Keep, Plan, Selectors, Solved, attach_scorer
+from ..engine import Attachment, Keep, Plan, Selectors, Solved, attach_scorer, spend
 from ..engine.probe import Projected, project
 from ..families import family_of
 
@@ -90,6 +90,16 @@ class Method:
 
         with attach_scorer(model, self, Solved((1.0,) * layers, solve)) as attachment:
             yield attachment
+
+
+class Budgeted(Method):
+    """A method that spends the budget over the layers as its selectors' schedules say."""
+
+    def schedule(self, visual_tokens: int, layers: int, budget: int) -> tuple[int, ...]:
+        """The same number in each layer where there are no schedules."""
+        if self.selectors is None or not self.selectors.schedules:
+            return super().schedule(visual_tokens, layers, budget)
+        return spend(self.selectors.schedules, budget, visual_tokens)
 
 
 class PruneOnce(Method):

@@ -1,4 +1,4 @@
-"""Two baselines that look at nothing."""
+"""Baselines that look at nothing."""
 
 import hashlib
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import Plan
-from .base import Method
+from .base import Budgeted, Method
 
 
 class Random(Method):
@@ -50,6 +50,13 @@ class RandomStatic(Random):
     def drawn(self, layer_index: int) -> int:
         """The only one."""
         return 0
+
+
+class RandomBudgeted(Budgeted, Random):
+    """Drawn anew in each layer, as many as `alvts` would keep there: what its budget is worth
+    without its choice."""
+
+    name = "random-budgeted"
 
 
 def _generator(text: str) -> torch.Generator:

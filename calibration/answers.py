@@ -1,0 +1,95 @@
+"""The dense model's own answers, and what of them is left when layers keep less."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alvts_cli.engine import select
+from alvts_cli.engine.merging import gather_hidden, gather_positions, merge
+
+from .capture import Captured, capture, run_layer
+
+
+@dataclass
+class Answered:
+    """A prompt with the dense model's own answer behind it.
+
+    Attributes:
+        sample: hidden states and positions of prompt and answer, without the answer's last token.
+        answer: tokens of the answer; the last so many rows predict them.
+    """
+
+    sample: Captured
+    answer: int
+
+
+@torch.no_grad()
+def answered(model: Any, inputs: Any, new_tokens: int) -> Answered:
+    """Let the dense model answer greedily, and capture what reaches layer 0 of both.
+
+    Args:
+        model: of a known family.
+        inputs: a batch of one, on the model's device and in its dtype.
+        new_tokens: the longest answer.
+    """
+    prompt = inputs["input_ids"].shape[1]
+    config = model.generation_config
+    end = config.eos_token_id
+    pad = config.pad_token_id
+    if pad is None:
+        pad = end[0] if isinstance(end, list) else end or 0
+    output = model.generate(
+        **inputs, do_sample=False, num_beams=1, max_new_tokens=new_tokens, pad_token_id=pad
+    )
+    answer = output.shape[1] - prompt
+    whole = dict(inputs)
+    whole["input_ids"] = output[:, :-1]
+    # One number per token: text is 1 in the attention mask and 0 among the kinds of token.
+    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
+        if name in whole:
+            whole[name] = torch.nn.functional.pad(whole[name], (0, answer - 1), value=value)
+    return Answered(capture(model, whole), answer)
+
+
+def run_restricted(
+    layer: Any,
+    implementation: str,
+    hidden: Tensor,
+    positions: tuple[Tensor, Tensor],
+    visual: Tensor,
+    scores: Tensor,
+    kept: int,
+) -> Tensor:
+    """`run_layer` on the text and the `kept` visual tokens of highest score; the others pass by.
+
+    Args:
+        layer: a decoder layer.
+        implementation: of its attention.
+        hidden: `[B, T, D]`, not written to.
+        positions: `(cos, sin)`, on the device of `hidden`.
+        visual: bool `[B, T]`, the same number in every row.
+        scores: `[B, T]`, -inf where not visual.
+        kept: at most as many as there are.
+    """
+    texts = int((~visual[0]).sum())
+    counts = torch.full((len(hidden),), kept, device=hidden.device)
+    rows, _ = select(scores, counts, ~visual, kept + texts)
+    out = run_layer(
+        layer, implementation, gather_hidden(hidden, rows), gather_positions(positions, rows)
+    )
+    return merge(hidden, rows, out, None)
+
+
+def answer_divergence(dense: Tensor, found: Tensor) -> Tensor:
+    """`KL(dense || found)` over the vocabulary, in nats, mean over an answer's tokens.
+
+    Args:
+        dense: log-probabilities `[B or 1, A, V]`, float32.
+        found: the same of the restricted model, `[B, A, V]`.
+
+    Returns:
+        `[B]`.
+    """
+    return (dense.exp() * (dense - found)).sum(dim=-1).mean(dim=-1).clamp(min=0)
