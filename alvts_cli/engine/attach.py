@@ -101,7 +101,7 @@ class _SelectorScorer:
         for selector, layer in zip(selectors.layers, layers, strict=True):
             # The norm is never quantised: its dtype is the one the layer computes in.
             norm = layer.input_layernorm.weight
-            self.layers.append(selector and selector.to(norm.device, norm.dtype))
+            self.layers.append(selector and selector.to(norm.device, norm.dtype).joined())
 
     def importance(
         self,
@@ -111,7 +111,14 @@ class _SelectorScorer:
         plan: Plan,
         layer_kwargs: dict[str, Any],
     ) -> Tensor:
-        return importance(hidden, self.layers[layer_index], plan.visual, plan.text, self.causal)
+        return importance(
+            hidden,
+            self.layers[layer_index],
+            plan.visual,
+            plan.text,
+            self.causal,
+            padded=plan.padded,
+        )
 
 
 def attach(model: Any, selectors: Selectors, keep: KeepArgument = None) -> "Attachment":
