@@ -125,7 +125,12 @@ def test_phases_are_entered_in_order():
         names.append(name)
         yield
 
-    with torch.no_grad(), attach(model, make_selectors(), [1.0, 0.25, 1.0, 1.0]) as attachment:
+    with torch.no_grad(), attach(model, make_selectors(), [1.0, 0.25, 0, 1.0]) as attachment:
         attachment.phase = phase
-        model(**inputs)
-    assert [n for i, n in enumerate(names) if n not in names[:i]] == ["score", "select", "merge"]
+        cache = model(**inputs).past_key_values
+        ran = [n for i, n in enumerate(names) if i == 0 or n != names[i - 1]]
+        whole, best, text = ["layer"], ["score", "select", "layer", "merge"], ["select", "layer"]
+        assert ran == [*whole, *best, *text, "merge", *whole]
+        names.clear()
+        model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        assert names == []
