@@ -19,8 +19,9 @@ from torch.nn import functional
 # Rows of the attention matrix held at once: bounds memory to B * 1024 * T floats, and still lets
 # an image of 576 tokens with its prompt go through in one block.
 ROW_BLOCK = 1024
-# On a CPU a block is to stay in its cache.
+# On a CPU a block is to stay in its cache, and so are the numbers that are copied to float32.
 CPU_ROW_BLOCK = 256
+CPU_COPIED = 2**18
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def importance(
     """
     tokens = hidden.shape[1]
     size = min(ROW_BLOCK, CPU_ROW_BLOCK) if hidden.device.type == "cpu" else ROW_BLOCK
-    query, key = _project(hidden, selector, size)
+    query, key = _project(hidden, selector)
 
     # [B, 2, T]: how much each row counts in the mean over visual, and over text rows.
     rows = torch.stack([visual, text], dim=1).float()
@@ -143,21 +144,17 @@ def importance(
     return (from_visual * from_text).masked_fill(~visual, -torch.inf)
 
 
-def _project(hidden: Tensor, selector: LayerSelector, size: int) -> tuple[Tensor, Tensor]:
-    """Queries `[B, T, R]` and transposed keys `[B, R, T]` of the normed `hidden` `[B, T, D]`.
-
-    Norms are taken of `size` rows at a time.
-    """
+def _project(hidden: Tensor, selector: LayerSelector) -> tuple[Tensor, Tensor]:
+    """Queries `[B, T, R]` and transposed keys `[B, R, T]` of the normed `hidden` `[B, T, D]`."""
+    batch, tokens, width = hidden.shape
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    # A CPU makes a float32 copy of what it takes the norm of: a small one stays in its cache.
-    norm = torch.cat(
-        [
-            torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=wide)
-            for part in hidden.split(size, dim=1)
-        ],
-        dim=1,
-    )
-    scale = torch.rsqrt(norm.square() / hidden.shape[-1] + selector.eps)
+    # A GPU's kernel has a float32 accumulator; a CPU copies what it takes the norm of to float32.
+    size = max(1, CPU_COPIED // (batch * width)) if hidden.device.type == "cpu" else tokens
+    norms = [
+        torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=wide)
+        for part in hidden.split(size, dim=1)
+    ]
+    scale = torch.rsqrt(torch.cat(norms, dim=1).square() / width + selector.eps)
     both = selector.both
     if both is None:
         both = torch.cat([selector.query, selector.key])
