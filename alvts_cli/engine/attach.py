@@ -54,7 +54,8 @@ class Scorer(Protocol):
         Args:
             layer_index: from 0.
             layer: the decoder layer about to run.
-            hidden: its input `[B, T, D]`, all tokens; not to be written to.
+            hidden: its input `[B, T, D]`, all tokens; not to be written to, nor to be kept: later
+                layers may write to it.
             plan: of this forward; a new object for every forward.
             layer_kwargs: what the layer is called with (`position_embeddings`,
                 `past_key_values`, ...); not to be written to.
