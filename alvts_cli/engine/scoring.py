@@ -11,6 +11,7 @@ The last term is the same for all `j`, so the softmax over `j` cancels it. What 
 """
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch.nn import functional
 # Rows of the attention matrix held at once: bounds memory to B * 1024 * T floats, and still lets
 # an image of 576 tokens with its prompt go through in one block.
 ROW_BLOCK = 1024
+
+_HAS_TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,19 @@ def fold(
     return query, key, bias
 
 
+def _kernels_fit(query: Tensor, key: Tensor, bias: Tensor | None) -> bool:
+    """Whether the Triton kernels can take the projections: on a GPU, and no gradient wanted."""
+    if not (_HAS_TRITON and query.is_cuda):
+        return False
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (query, key, bias)
+    ):
+        return False
+    from . import kernels
+
+    return kernels.fit(query)
+
+
 def importance(
     hidden: Tensor, selector: LayerSelector, visual: Tensor, text: Tensor, causal: bool
 ) -> Tensor:
@@ -99,11 +115,21 @@ def importance(
     # One kernel with a float32 accumulator, instead of a float32 copy of the hidden states.
     wide = torch.promote_types(hidden.dtype, torch.float32)
     norm = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True, dtype=wide)
+    query = functional.linear(hidden, selector.query)
+    key = functional.linear(hidden, selector.key)
+    bias = selector.query_bias
+    if _kernels_fit(query, key, bias):
+        from . import kernels
+
+        return kernels.importance(
+            query, key, norm[..., 0], bias, visual, text, causal, width, selector.eps
+        )
+
     scale = torch.rsqrt(norm.square() / width + selector.eps)
-    query = functional.linear(hidden, selector.query) * scale
-    if selector.query_bias is not None:
-        query = query + selector.query_bias
-    key = (functional.linear(hidden, selector.key) * scale).transpose(1, 2)
+    query = query * scale
+    if bias is not None:
+        query = query + bias
+    key = (key * scale).transpose(1, 2)
 
     # [B, 2, T]: how much each row counts in the mean over visual, and over text rows.
     rows = torch.stack([visual, text], dim=1).float()
