@@ -1,6 +1,6 @@
 """Put the selection into a model with hooks, and take it out again without a trace."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..errors import AlvtsError
 from ..families import family_of
 from .cache import SelectiveLayer, prepare_cache
+from .compiling import compile_prefill
 from .keep import Keep, KeepArgument, resolve_keep
 from .masks import build_mask, mask_style
 from .merging import gather_hidden, gather_positions, merge
@@ -114,7 +115,13 @@ class _SelectorScorer:
         return importance(hidden, self.layers[layer_index], plan.visual, plan.text, self.causal)
 
 
-def attach(model: Any, selectors: Selectors, keep: KeepArgument = None) -> "Attachment":
+def attach(
+    model: Any,
+    selectors: Selectors,
+    keep: KeepArgument = None,
+    *,
+    compile: bool | Mapping[str, Any] = False,
+) -> "Attachment":
     """Make `model` select its visual tokens in every layer, until the attachment is detached.
 
         with attach(model, selectors, keep=0.11):
@@ -124,6 +131,8 @@ def attach(model: Any, selectors: Selectors, keep: KeepArgument = None) -> "Atta
         model: a vision-language model of a known family.
         selectors: fitted for this model.
         keep: see `resolve_keep`; None takes the selectors' schedule, or their default.
+        compile: run the selecting prefill of the decoder through `torch.compile`, without graph
+            breaks (see `compiling`); True, or keyword arguments of `torch.compile`.
 
     Raises:
         AlvtsError: unknown architecture, sliding windows, an unknown attention implementation,
@@ -150,14 +159,23 @@ def attach(model: Any, selectors: Selectors, keep: KeepArgument = None) -> "Atta
                     f"the selector of layer {i} is for a width of {selector.key.shape[1]} but "
                     f"the model has {width}; use selectors fitted for this model"
                 )
-    return attach_scorer(model, _SelectorScorer(selectors, layers), resolved)
+    return attach_scorer(model, _SelectorScorer(selectors, layers), resolved, compile=compile)
 
 
-def attach_scorer(model: Any, scorer: Scorer, keep: KeepArgument | Keep) -> "Attachment":
+def attach_scorer(
+    model: Any,
+    scorer: Scorer,
+    keep: KeepArgument | Keep,
+    *,
+    compile: bool | Mapping[str, Any] = False,
+) -> "Attachment":
     """`attach` for any other way of ranking tokens; the same errors."""
     if not isinstance(keep, Keep):
         keep = resolve_keep(keep, len(family_of(model).layers(model)))
-    return Attachment(model, scorer, keep)
+    attachment = Attachment(model, scorer, keep)
+    if compile is not False:
+        attachment.compile({} if compile is True else compile)
+    return attachment
 
 
 class Attachment:
@@ -169,7 +187,7 @@ class Attachment:
     Attributes:
         last: what the latest forward with visual tokens kept, or None.
         phase: `phase(name)` is entered around "score", "select" and "merge" of every selecting
-            layer; a benchmark may put a timer here.
+            layer; a benchmark may put a timer here. While it is set, nothing runs compiled.
     """
 
     def __init__(self, model: Any, scorer: Scorer, keep: Keep) -> None:
@@ -209,6 +227,7 @@ class Attachment:
                 # First, so that hooks that record hidden states see the merged ones.
                 layer.register_forward_hook(partial(self._after_layer, i), prepend=True),
             ]
+        self._uncompile: Callable[[], None] | None = None
         _attached.add(self._backbone)
 
     def __enter__(self) -> "Attachment":
@@ -229,8 +248,23 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._uncompile is not None:
+            self._uncompile()
         self._forget()
         _attached.discard(self._backbone)
+
+    def compile(self, options: Mapping[str, Any]) -> None:
+        """Compile the selecting prefill with these arguments of `torch.compile`."""
+
+        def plan_to_compile() -> Plan | None:
+            plan = self._plan
+            return plan if plan and plan.keep_counts and self.phase is _no_phase else None
+
+        def set_plan(plan: Plan) -> None:
+            self._plan = plan
+
+        decoder = self._family.text_model(self._model)
+        self._uncompile = compile_prefill(decoder, plan_to_compile, set_plan, options)
 
     def _forget(self) -> None:
         """Drop the state of a forward."""

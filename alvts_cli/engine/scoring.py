@@ -141,7 +141,9 @@ def importance(
     lowest = torch.finfo(torch.float32).min
 
     means = torch.zeros_like(rows)
-    for start in range(0, tokens, ROW_BLOCK):
+    start = 0
+    # Not a range: torch.compile would make a constant of the number of tokens.
+    while start < tokens:
         block = slice(start, start + ROW_BLOCK)
         # float() is for autocast, which would make them half precision.
         logits = (query[:, block] @ key).float()
@@ -150,6 +152,7 @@ def importance(
             hide = hide | (positions[None, :] > positions[block, None])
         attention = logits.masked_fill(hide, lowest).softmax(dim=-1)
         means = means + rows[:, :, block] @ attention
+        start += ROW_BLOCK
 
     from_visual, from_text = means.unbind(dim=1)
     from_text = torch.where(counts[:, 1] > 0, from_text, 1.0)
