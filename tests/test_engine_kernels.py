@@ -51,8 +51,8 @@ def both(monkeypatch):
     def run(hidden, selector, visual, text, causal):
         selector = selector.to(DEVICE, hidden.dtype)
         results = []
-        for fits in (True, False):
-            monkeypatch.setattr(scoring, "_kernels_fit", lambda *_, fits=fits: fits)
+        for device in (DEVICE.type, "none"):
+            monkeypatch.setattr(scoring, "_KERNEL_DEVICE", device)
             inputs = [t.to(DEVICE) for t in (hidden, visual, text)]
             results.append(importance(inputs[0], selector, *inputs[1:], causal).cpu())
         got, expected = results
@@ -171,42 +171,59 @@ def test_the_same_bits_every_time(both):
     assert torch.equal(first, second)
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the tiny model is on the CPU")
 def test_a_model_selects_the_same_with_them(monkeypatch):
     model = make_model("llava")
     inputs = make_inputs(model, one_image("llava"))
+    calls = []
+    original = kernels.importance
+
+    def spy(*args):
+        calls.append(args)
+        return original(*args)
+
     with torch.no_grad(), attach(model, make_selectors(causal=True), 0.25):
         expected = model(**inputs).logits
-        calls = []
-
-        def spy(*args):
-            calls.append(args)
-            return original(*args)
-
-        original = kernels.importance
+        assert kernels.fit(expected[..., :16])  # Before the count begins.
         monkeypatch.setattr(kernels, "importance", spy)
-        monkeypatch.setattr(scoring, "_kernels_fit", lambda *_: True)
+        monkeypatch.setattr(scoring, "_KERNEL_DEVICE", "cpu")
         torch.testing.assert_close(model(**inputs).logits, expected)
     assert len(calls) == 4
 
 
-class OnGpu:
-    """What `_kernels_fit` asks of a tensor, of one that lies on a GPU."""
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="the tiny model is on the CPU")
+def test_a_compiled_model_selects_the_same_with_them(monkeypatch):
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    monkeypatch.setattr(kernels, "_works", {})
+    graphs = []
 
-    is_cuda = True
-    device = DEVICE
+    def backend(graph, example_inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
 
-    def __init__(self, rank=16, dtype=torch.float32, requires_grad=False):
-        self.shape, self.dtype, self.requires_grad = (1, 8, rank), dtype, requires_grad
+    with torch.no_grad():
+        with attach(model, make_selectors(causal=True), 0.25):
+            expected = model(**inputs).logits
+        monkeypatch.setattr(scoring, "_KERNEL_DEVICE", "cpu")
+        with attach(model, make_selectors(causal=True), 0.25, compile={"backend": backend}):
+            torch.testing.assert_close(model(**inputs).logits, expected)
+    assert [sum("alvts.importance" in target for target in graph) for graph in graphs] == [4]
 
 
 def test_when_they_are_used(monkeypatch):
-    fits = scoring._kernels_fit
-    plain = OnGpu()
-    wants = OnGpu(requires_grad=True)
+    def fits(*tensors):
+        return scoring._kernels_fit(*tensors)
+
+    def projection(rank=16, dtype=torch.float32, requires_grad=False):
+        return torch.zeros(1, 8, rank, dtype=dtype, device=DEVICE, requires_grad=requires_grad)
+
+    plain, wants = projection(), projection(requires_grad=True)
+    assert not fits(plain.cpu(), plain.cpu(), None)
+    monkeypatch.setattr(scoring, "_KERNEL_DEVICE", DEVICE.type)
     assert fits(plain, plain, None)
-    assert not fits(torch.zeros(1, 8, 16), torch.zeros(1, 8, 16), None)
-    assert not fits(OnGpu(rank=257), OnGpu(rank=257), None)
-    assert not fits(OnGpu(dtype=torch.float64), OnGpu(dtype=torch.float64), None)
+    assert not fits(projection(257), projection(257), None)
+    assert not fits(projection(dtype=torch.float64), projection(dtype=torch.float64), None)
     assert not fits(wants, plain, None) and not fits(plain, wants, None)
     assert not fits(plain, plain, wants)
     with torch.no_grad():
@@ -221,9 +238,13 @@ def test_kernels_that_cannot_run_are_said_once_and_left(monkeypatch):
 
     monkeypatch.setattr(kernels, "importance", broken)
     monkeypatch.setattr(kernels, "_works", {})
+    monkeypatch.setattr(scoring, "_KERNEL_DEVICE", DEVICE.type)
+    hidden = torch.randn(1, 8, WIDTH, device=DEVICE)
+    visual, text = (mask.to(DEVICE) for mask in make_masks([("v", 6), ("t", 2)]))
+    selector = make_selectors().layers[0].to(DEVICE, torch.float32)
     with pytest.warns(UserWarning, match="Failed to find C compiler"):
-        assert not scoring._kernels_fit(OnGpu(), OnGpu(), None)
-    assert not scoring._kernels_fit(OnGpu(), OnGpu(), None)
+        first = importance(hidden, selector, visual, text, True)
+    assert torch.equal(importance(hidden, selector, visual, text, True), first)
 
 
 def test_a_selector_of_the_models_own_width(both):

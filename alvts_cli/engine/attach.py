@@ -159,23 +159,14 @@ def attach(
                     f"the selector of layer {i} is for a width of {selector.key.shape[1]} but "
                     f"the model has {width}; use selectors fitted for this model"
                 )
-    return attach_scorer(model, _SelectorScorer(selectors, layers), resolved, compile=compile)
+    return Attachment(model, _SelectorScorer(selectors, layers), resolved, compile)
 
 
-def attach_scorer(
-    model: Any,
-    scorer: Scorer,
-    keep: KeepArgument | Keep,
-    *,
-    compile: bool | Mapping[str, Any] = False,
-) -> "Attachment":
+def attach_scorer(model: Any, scorer: Scorer, keep: KeepArgument | Keep) -> "Attachment":
     """`attach` for any other way of ranking tokens; the same errors."""
     if not isinstance(keep, Keep):
         keep = resolve_keep(keep, len(family_of(model).layers(model)))
-    attachment = Attachment(model, scorer, keep)
-    if compile is not False:
-        attachment.compile({} if compile is True else compile)
-    return attachment
+    return Attachment(model, scorer, keep)
 
 
 class Attachment:
@@ -190,7 +181,13 @@ class Attachment:
             layer; a benchmark may put a timer here. While it is set, nothing runs compiled.
     """
 
-    def __init__(self, model: Any, scorer: Scorer, keep: Keep) -> None:
+    def __init__(
+        self,
+        model: Any,
+        scorer: Scorer,
+        keep: Keep,
+        compile: bool | Mapping[str, Any] = False,
+    ) -> None:
         family = family_of(model)
         family.check(model)
         self._model = model
@@ -213,6 +210,12 @@ class Attachment:
         self.phase: Callable[[str], AbstractContextManager[object]] = _no_phase
         self._forget()
 
+        self._uncompile: Callable[[], None] | None = None
+        if compile is not False:
+            options = {} if compile is True else compile
+            self._uncompile = compile_prefill(
+                text_model, self._plan_to_compile, self._set_plan, options
+            )
         layers = family.layers(model)
         self._num_layers = len(layers)
         self._handles = [
@@ -227,7 +230,6 @@ class Attachment:
                 # First, so that hooks that record hidden states see the merged ones.
                 layer.register_forward_hook(partial(self._after_layer, i), prepend=True),
             ]
-        self._uncompile: Callable[[], None] | None = None
         _attached.add(self._backbone)
 
     def __enter__(self) -> "Attachment":
@@ -253,18 +255,13 @@ class Attachment:
         self._forget()
         _attached.discard(self._backbone)
 
-    def compile(self, options: Mapping[str, Any]) -> None:
-        """Compile the selecting prefill with these arguments of `torch.compile`."""
+    def _plan_to_compile(self) -> Plan | None:
+        """The plan of the running forward if it selects and nobody watches its phases."""
+        plan = self._plan
+        return plan if plan and plan.keep_counts and self.phase is _no_phase else None
 
-        def plan_to_compile() -> Plan | None:
-            plan = self._plan
-            return plan if plan and plan.keep_counts and self.phase is _no_phase else None
-
-        def set_plan(plan: Plan) -> None:
-            self._plan = plan
-
-        decoder = self._family.text_model(self._model)
-        self._uncompile = compile_prefill(decoder, plan_to_compile, set_plan, options)
+    def _set_plan(self, plan: Plan) -> None:
+        self._plan = plan
 
     def _forget(self) -> None:
         """Drop the state of a forward."""

@@ -224,11 +224,21 @@ def importance(
     return result
 
 
+# torch.compile takes an operator as it is. Calling it costs more than calling the function.
+operator = torch.library.custom_op("alvts::importance", importance, mutates_args=())
+
+
+@operator.register_fake
+def _(query: Tensor, *args: Any) -> Tensor:
+    return query.new_empty(query.shape[:2], dtype=torch.float32)
+
+
 def fit(query: Tensor) -> bool:
     """Whether `importance` can take these projections where they are."""
     return query.dtype in DTYPES and query.shape[-1] <= MAX_RANK and works(query.device)
 
 
+@torch.compiler.assume_constant_result
 def works(device: torch.device) -> bool:
     """Whether kernels can be built and run on `device`; tried once, warns if they cannot.
 
