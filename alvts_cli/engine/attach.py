@@ -255,6 +255,13 @@ class Attachment:
         self._forget()
         _attached.discard(self._backbone)
 
+    def _forget(self) -> None:
+        """Drop the state of a forward."""
+        self._plan: Plan | None = None
+        self._cache: Any = None
+        self._first_hidden: Tensor | None = None
+        self._running: _Running | None = None
+
     def _plan_to_compile(self) -> Plan | None:
         """The plan of the running forward if it selects and nobody watches its phases."""
         plan = self._plan
@@ -262,13 +269,6 @@ class Attachment:
 
     def _set_plan(self, plan: Plan) -> None:
         self._plan = plan
-
-    def _forget(self) -> None:
-        """Drop the state of a forward."""
-        self._plan: Plan | None = None
-        self._cache: Any = None
-        self._first_hidden: Tensor | None = None
-        self._running: _Running | None = None
 
     def _before_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
