@@ -6,8 +6,10 @@ text tokens becomes a variable of the graph the first time that it changes.
 
 Only a prefill with visual tokens into an empty cache is compiled. Decoding, later turns and
 text-only prompts run as ever: their caches have another length in every layer and at every step.
-That the graph is whole and gives the same result is tested on the CPU; **its speed on a GPU is
-unmeasured**.
+
+That the graph is whole and gives the same result is tested on the CPU. **Its speed on a GPU is
+unmeasured, and CUDA graphs (`mode="reduce-overhead"`) are untested**: with them, a KV cache lies in
+the graph's memory until the first decoded token copies it, and the next prefill overwrites it.
 """
 
 import types
