@@ -146,24 +146,29 @@ def _column_kernel(  # type: ignore[no-untyped-def]
     text_rows = 0
     for first in range(0, tokens, block):
         rows = first + tl.arange(0, block)
-        inside = rows < tokens
-        is_visual = tl.load(visual + at + rows, mask=inside, other=0) != 0
-        is_text = tl.load(text + at + rows, mask=inside, other=0) != 0
+        is_visual = tl.load(visual + at + rows, mask=rows < tokens, other=0) != 0
+        is_text = tl.load(text + at + rows, mask=rows < tokens, other=0) != 0
         visual_rows += tl.sum(is_visual.to(tl.int32), axis=0)
         text_rows += tl.sum(is_text.to(tl.int32), axis=0)
-        # A causal row in front of the block sees nothing of it; blocks begin at multiples.
-        if not causal or first >= start:
-            logits = _logits(
-                query, key, norm, bias, batch, rows, columns, tokens, width, eps,
-                rank, padded_rank, has_bias,
-            )  # fmt: skip
-            log_sum = tl.load(log_sums + at + rows, mask=inside, other=0.0)
-            seen = (is_visual | is_text)[:, None] & wanted[None, :]
-            if causal:
-                seen = seen & (columns[None, :] <= rows[:, None])
-            attention = tl.exp(tl.where(seen, logits - log_sum[:, None], -float("inf")))
-            visual_sum += tl.sum(tl.where(is_visual[:, None], attention, 0.0), axis=0)
-            text_sum += tl.sum(tl.where(is_text[:, None], attention, 0.0), axis=0)
+    begin = 0
+    if causal:
+        # Rows in front of these columns see none of them; blocks of both begin at multiples.
+        begin = start
+    for first in range(begin, tokens, block):
+        rows = first + tl.arange(0, block)
+        is_visual = tl.load(visual + at + rows, mask=rows < tokens, other=0) != 0
+        is_text = tl.load(text + at + rows, mask=rows < tokens, other=0) != 0
+        logits = _logits(
+            query, key, norm, bias, batch, rows, columns, tokens, width, eps,
+            rank, padded_rank, has_bias,
+        )  # fmt: skip
+        log_sum = tl.load(log_sums + at + rows, mask=rows < tokens, other=0.0)
+        seen = (is_visual | is_text)[:, None] & wanted[None, :]
+        if causal:
+            seen = seen & (columns[None, :] <= rows[:, None])
+        attention = tl.exp(tl.where(seen, logits - log_sum[:, None], -float("inf")))
+        visual_sum += tl.sum(tl.where(is_visual[:, None], attention, 0.0), axis=0)
+        text_sum += tl.sum(tl.where(is_text[:, None], attention, 0.0), axis=0)
     importance = visual_sum / tl.maximum(visual_rows, 1)
     if text_rows > 0:
         importance *= text_sum / text_rows
