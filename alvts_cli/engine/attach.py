@@ -1,6 +1,6 @@
 """Put the selection into a model with hooks, and take it out again without a trace."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from ..errors import AlvtsError
 from ..families import family_of
 from .cache import SelectiveLayer, prepare_cache
+from .compiling import compile_prefill
 from .keep import Keep, KeepArgument, Schedules, resolve_keep
 from .masks import build_mask, mask_style
 from .merging import gather_hidden, gather_positions, merge
@@ -130,7 +131,13 @@ class _SelectorScorer:
         )
 
 
-def attach(model: Any, selectors: Selectors, keep: KeepArgument | Keep = None) -> "Attachment":
+def attach(
+    model: Any,
+    selectors: Selectors,
+    keep: KeepArgument | Keep = None,
+    *,
+    compile: bool | Mapping[str, Any] = False,
+) -> "Attachment":
     """Make `model` select its visual tokens in every layer, until the attachment is detached.
 
         with attach(model, selectors, keep=0.11):
@@ -141,6 +148,8 @@ def attach(model: Any, selectors: Selectors, keep: KeepArgument | Keep = None) -
         selectors: fitted for this model.
         keep: see `resolve_keep`; a layer average is spent as the selectors' schedules say, where
             they have any, and None takes their default.
+        compile: run the selecting prefill of the decoder through `torch.compile`, without graph
+            breaks (see `compiling`); True, or keyword arguments of `torch.compile`.
 
     Raises:
         AlvtsError: unknown architecture, sliding windows, an unknown attention implementation,
@@ -165,7 +174,7 @@ def attach(model: Any, selectors: Selectors, keep: KeepArgument | Keep = None) -
                     f"the selector of layer {i} is for a width of {selector.key.shape[1]} but "
                     f"the model has {width}; use selectors fitted for this model"
                 )
-    return attach_scorer(model, _SelectorScorer(selectors, layers), resolved)
+    return Attachment(model, _SelectorScorer(selectors, layers), resolved, compile)
 
 
 def keep_of(selectors: Selectors, keep: KeepArgument | Keep) -> Keep:
@@ -192,10 +201,16 @@ class Attachment:
         last: what the latest forward with visual tokens kept, or None.
         phase: in a forward with visual tokens, `phase(name)` is entered around "score", "select"
             and "merge" of every selecting layer, and around "layer", every layer itself; a
-            benchmark may put a timer here.
+            benchmark may put a timer here. While it is set, nothing runs compiled.
     """
 
-    def __init__(self, model: Any, scorer: Scorer, keep: Keep) -> None:
+    def __init__(
+        self,
+        model: Any,
+        scorer: Scorer,
+        keep: Keep,
+        compile: bool | Mapping[str, Any] = False,
+    ) -> None:
         family = family_of(model)
         family.check(model)
         self._model = model
@@ -218,6 +233,12 @@ class Attachment:
         self.phase: Callable[[str], AbstractContextManager[object]] = _no_phase
         self._forget()
 
+        self._uncompile: Callable[[], None] | None = None
+        if compile is not False:
+            options = {} if compile is True else compile
+            self._uncompile = compile_prefill(
+                text_model, self._plan_to_compile, self._set_plan, options
+            )
         layers: Any = family.layers(model)
         self._layers = layers
         self._num_layers = len(layers)
@@ -253,6 +274,8 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._uncompile is not None:
+            self._uncompile()
         self._forget()
         _attached.discard(self._backbone)
 
@@ -264,6 +287,14 @@ class Attachment:
         self._running: _Running | None = None
         self._in_layer: AbstractContextManager[object] | None = None
         self._merged: Tensor | None = None
+
+    def _plan_to_compile(self) -> Plan | None:
+        """The plan of the running forward if it selects and nobody watches its phases."""
+        plan = self._plan
+        return plan if plan and plan.keep_counts and self.phase is _no_phase else None
+
+    def _set_plan(self, plan: Plan) -> None:
+        self._plan = plan
 
     def _before_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -351,8 +382,11 @@ class Attachment:
         return merged
 
     def _enter_layer(self, plan: Plan) -> None:
-        """Begin the phase that `_after_layer` ends. A step on text alone has no phases."""
-        if plan.keep_counts:
+        """Begin the phase that `_after_layer` ends. A step on text alone has no phases.
+
+        Not without anyone to see it: torch.compile takes no context that ends in another function.
+        """
+        if plan.keep_counts and self.phase is not _no_phase:
             self._in_layer = self.phase("layer")
             self._in_layer.__enter__()
 

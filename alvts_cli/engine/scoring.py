@@ -11,6 +11,8 @@ The last term is the same for all `j`, so the softmax over `j` cancels it. What 
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -22,6 +24,10 @@ ROW_BLOCK = 1024
 # On a CPU a block is to stay in its cache, and so are the numbers that are copied to float32.
 CPU_ROW_BLOCK = 256
 CPU_COPIED = 2**18
+
+_HAS_TRITON = find_spec("triton") is not None
+# Where the Triton kernels run; the tests have them interpreted on the CPU.
+_KERNEL_DEVICE = "cuda"
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,19 @@ def fold(
     return query, key, bias
 
 
+def _kernels_fit(projected: Tensor, bias: Tensor | None) -> bool:
+    """Whether the Triton kernels can take the projections: on a GPU, and no gradient wanted."""
+    if not (_HAS_TRITON and projected.device.type == _KERNEL_DEVICE):
+        return False
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (projected, bias)
+    ):
+        return False
+    from . import kernels
+
+    return kernels.fit(projected)
+
+
 def importance(
     hidden: Tensor,
     selector: LayerSelector,
@@ -113,21 +132,37 @@ def importance(
     Returns:
         float32 `[B, T]`, -inf where not visual. Differentiable; never waits for the device.
     """
-    tokens = hidden.shape[1]
-    size = min(ROW_BLOCK, CPU_ROW_BLOCK) if hidden.device.type == "cpu" else ROW_BLOCK
-    query, key = _project(hidden, selector)
+    _, tokens, width = hidden.shape
+    both, bias = selector.both, selector.query_bias
+    if both is None:
+        both = torch.cat([selector.query, selector.key])
+    norm, projected = _norm(hidden), functional.linear(hidden, both)
+    if _kernels_fit(projected, bias):
+        from . import kernels
+
+        score = kernels.operator if torch.compiler.is_compiling() else kernels.importance
+        return score(projected, norm[..., 0], bias, visual, text, causal, width, selector.eps)
+
+    scale = torch.rsqrt(norm.square() / width + selector.eps)
+    query, key = (projected * scale).chunk(2, dim=-1)
+    if bias is not None:
+        query = query + bias
+    key = key.transpose(1, 2)
 
     # [B, 2, T]: how much each row counts in the mean over visual, and over text rows.
     rows = torch.stack([visual, text], dim=1).float()
     counts = rows.sum(dim=-1, keepdim=True)
     rows = rows / counts.clamp(min=1)
     padding = ~(visual | text)[:, None, :] if padded else None
+    size = min(ROW_BLOCK, CPU_ROW_BLOCK) if hidden.device.type == "cpu" else ROW_BLOCK
     later = torch.ones(size, size, dtype=torch.bool, device=hidden.device).triu(1)
     # Not -inf: a padding row may have no column at all, and its nan would spoil the means.
     lowest = torch.finfo(torch.float32).min
 
     means = torch.zeros_like(rows)
-    for start in range(0, tokens, size):
+    start = 0
+    # Not a range: torch.compile would make a constant of the number of tokens.
+    while start < tokens:
         end = min(start + size, tokens)
         # Nothing behind the block's last row is seen from it: half of the work is not done at all.
         seen = end if causal else tokens
@@ -138,27 +173,21 @@ def importance(
         if causal:
             logits[:, :, start:].masked_fill_(later[: end - start, : end - start], lowest)
         means[:, :, :seen] += rows[:, :, start:end] @ logits.softmax(dim=-1)
+        start = end
 
     from_visual, from_text = means.unbind(dim=1)
     from_text = torch.where(counts[:, 1] > 0, from_text, 1.0)
     return (from_visual * from_text).masked_fill(~visual, -torch.inf)
 
 
-def _project(hidden: Tensor, selector: LayerSelector) -> tuple[Tensor, Tensor]:
-    """Queries `[B, T, R]` and transposed keys `[B, R, T]` of the normed `hidden` `[B, T, D]`."""
-    batch, tokens, width = hidden.shape
+def _norm(hidden: Tensor) -> Tensor:
+    """The length `[B, T, 1]` of every row of `hidden` `[B, T, D]`, at least float32."""
+    batch, _, width = hidden.shape
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    # A GPU's kernel has a float32 accumulator; a CPU copies what it takes the norm of to float32.
-    size = max(1, CPU_COPIED // (batch * width)) if hidden.device.type == "cpu" else tokens
-    norms = [
-        torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=wide)
-        for part in hidden.split(size, dim=1)
-    ]
-    scale = torch.rsqrt(torch.cat(norms, dim=1).square() / width + selector.eps)
-    both = selector.both
-    if both is None:
-        both = torch.cat([selector.query, selector.key])
-    query, key = (functional.linear(hidden, both) * scale).chunk(2, dim=-1)
-    if selector.query_bias is not None:
-        query = query + selector.query_bias
-    return query, key.transpose(1, 2)
+    norm = partial(torch.linalg.vector_norm, dim=-1, keepdim=True, dtype=wide)
+    # A GPU's kernel has a float32 accumulator; a CPU's is given a float32 copy, so it gets small
+    # parts. Not in a compiled graph, which would have their number for a constant.
+    if hidden.device.type != "cpu" or torch.compiler.is_compiling():
+        return norm(hidden)
+    size = max(1, CPU_COPIED // (batch * width))
+    return torch.cat([norm(part) for part in hidden.split(size, dim=1)], dim=1)
