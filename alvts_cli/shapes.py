@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .engine.flops import head_size
 from .errors import AlvtsError
 
 # A prime, so that no two rows of a matrix get the same numbers.
@@ -170,11 +171,15 @@ SHAPES: dict[str, Callable[[], Any]] = {
 }
 
 
-def shape_config(name: str, layers: int | None = None) -> Any:
+def shape_config(name: str, layers: int | None = None, hidden_size: int | None = None) -> Any:
     """The config of a known model, cut to its first `layers` decoder layers.
 
+    With a `hidden_size`, the decoder has that width: fewer heads of the same size, and an MLP and
+    key heads in proportion.
+
     Raises:
-        AlvtsError: an unknown name, or a depth that the model does not have.
+        AlvtsError: an unknown name, a depth that the model does not have, or a width that is no
+            multiple of its heads'.
     """
     if name not in SHAPES:
         raise AlvtsError(f"--random-weights needs a known model, not {name!r}: {', '.join(SHAPES)}")
@@ -188,7 +193,29 @@ def shape_config(name: str, layers: int | None = None) -> Any:
         text.num_hidden_layers = layers
         if getattr(text, "layer_types", None) is not None:
             text.layer_types = text.layer_types[:layers]
+    if hidden_size is not None:
+        _narrow(name, config, hidden_size)
     return config
+
+
+def _narrow(name: str, config: Any, hidden_size: int) -> None:
+    """Give the decoder of `config` another width."""
+    text = config.text_config
+    head, before = head_size(text), text.hidden_size
+    if hidden_size < head or hidden_size > before or hidden_size % head:
+        raise AlvtsError(
+            f"the hidden size of {name} can be a multiple of {head} up to {before}, "
+            f"not {hidden_size}"
+        )
+    text.hidden_size = hidden_size
+    text.intermediate_size = text.intermediate_size * hidden_size // before
+    text.num_key_value_heads = max(1, text.num_key_value_heads * hidden_size // before)
+    text.num_attention_heads = hidden_size // head
+    # Query heads share key heads evenly.
+    while text.num_attention_heads % text.num_key_value_heads:
+        text.num_key_value_heads -= 1
+    if config.model_type == "qwen2_5_vl":
+        config.vision_config.out_hidden_size = hidden_size
 
 
 def random_model(config: Any, dtype: torch.dtype, device: torch.device) -> Any:

@@ -1,10 +1,14 @@
 import json
+from unittest.mock import patch
 
 import pytest
 from cli_tools import alvts, model_folder, refused, scene_file
 
 from alvts_cli import shapes
 from alvts_cli.bench.metrics import METRICS
+from alvts_cli.bench.short import shortened
+from alvts_cli.bench.statistics import efficiency
+from alvts_cli.engine.flops import head_size
 
 # Keys and values of 16 layers, 3 heads of 64 floats, per token.
 BYTES_PER_TOKEN = 16 * 2 * 192 * 4
@@ -24,18 +28,23 @@ def test_the_table_and_the_file_have_everything(tmp_path):
     result = alvts(*bench("--runs", 2, "--json", tmp_path / "a.json", "--batch", 2))
     assert result.exit_code == 0, result.output
     words = (
-        *("dense", "selective", "vision tower", "LM prefill", "scoring", "first token"),
+        *("dense", "selective", "vision tower", "LM prefill", "scoring", "first token", "limit"),
+        "efficiency",
         *("per new token", "GFLOPs", "KV cache", "batch 2", "256 visual + 64 text", "torch"),
     )
     for word in words:
         assert word in result.stdout
     report = json.loads((tmp_path / "a.json").read_text())
     assert set(report) == {
-        *("format", "settings", "environment", "metrics", "intervals", "times", "peak_bytes"),
+        *("format", "settings", "environment", "metrics", "intervals", "times", "against"),
+        "peak_bytes",
     }
+    assert report["against"] == {}
+    assert report["times"]["short"]["prefill_ms"]["median"] == report["metrics"]["short_ms"] > 0
     assert set(report["metrics"]) == set(METRICS)
     for name, (low, high) in report["intervals"].items():
-        assert low <= report["metrics"][name] <= high
+        # A machine so busy that the shorter prefill takes longer knows no efficiency.
+        assert low is None or low <= report["metrics"][name] <= high
     for side in ("dense", "selective"):
         for times in report["times"][side].values():
             low, high = times["quartiles"]
@@ -47,6 +56,7 @@ def test_the_table_and_the_file_have_everything(tmp_path):
         "model": str(model_folder()),
         "random_weights": False,
         "layers": 16,
+        "hidden_size": 192,
         "cut": False,
         "dtype": "float32",
         "device": "cpu",
@@ -104,6 +114,65 @@ def test_several_images_make_up_more_visual_tokens(tmp_path):
     assert figures["visual_tokens_kept"] == 64
     assert "multiple" in refused(*bench("--visual-tokens", 300))
     assert "the model reads" in refused(*bench("--visual-tokens", 256 * 16))
+
+
+def test_the_limit_is_the_prefill_of_text_and_layer_average():
+    seen = []
+
+    def spy(model, tokens):
+        seen.append(tokens)
+        return shortened(model, tokens)
+
+    with patch("alvts_cli.bench.measure.shortened", spy):
+        per_layer = ",".join(["1.0", *["0.25"] * 14, "0"])
+        assert alvts(*bench("--keep", per_layer)).exit_code == 0
+    # (256 + 14 * 64 + 0) / 16 of the image; a round of warm-up, and a timed one.
+    assert seen == [64 + 72] * 2
+    gates = ("prefill_speedup_limit>0", "short_ms>0")
+    result = alvts(*bench(*(word for gate in gates for word in ("--gate", gate))))
+    assert result.exit_code == 0, result.output
+
+
+def test_where_nothing_is_to_be_gained_there_is_no_efficiency(tmp_path):
+    path = tmp_path / "a.json"
+    same = patch("alvts_cli.bench.measure.efficiency", lambda *columns: efficiency(*[[1.0]] * 3))
+    with same:
+        result = alvts(*bench("--keep", "1.0", "--gate", "efficiency>=0.5", "--json", path))
+    assert result.exit_code == 1
+    assert "gate failed: efficiency>=0.5, measured nan" in result.stdout
+    report = json.loads(path.read_text())
+    assert report["metrics"]["efficiency"] is None
+    assert report["intervals"]["efficiency"] == [None, None]
+
+
+def test_peers_run_at_the_same_layer_average(tmp_path):
+    path = tmp_path / "a.json"
+    more = ("--against", "fastv, vtw", "--keep", 64, "--profile", "--json", path)
+    result = alvts(*bench(*more))
+    assert result.exit_code == 0, result.output
+    report = json.loads(path.read_text())
+    assert list(report["against"]) == ["fastv", "vtw"]
+    for name, peer in report["against"].items():
+        assert peer["visual_tokens_kept"] == pytest.approx(64, abs=0.5)
+        low, high = peer["interval"]
+        assert low <= peer["prefill_speedup"] <= high
+        assert len(peer["prefill_ms"]["runs"]) == 1
+        row = next(line for line in result.stdout.splitlines() if line.strip().startswith(name))
+        assert f"{peer['visual_tokens_kept']:.1f}" in row
+    # One run: the shares are of that one, and make up the whole.
+    lines = result.stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if "selective prefill" in line)
+    shares = [float(line.split()[-1]) for line in lines[start + 2 : start + 7]]
+    assert sum(shares) == pytest.approx(100, abs=0.5)
+    times = report["times"]["selective"]
+    layers = 100 * times["layer_ms"]["median"] / times["prefill_ms"]["median"]
+    assert shares[2] == pytest.approx(layers, abs=0.1)
+
+
+@pytest.mark.parametrize("methods", ["alvts", "dense", "fastv,fastv", "fast", "", "downsample"])
+def test_peers_without_sense_are_refused_before_anything_is_loaded(methods):
+    line = refused("bench", "--model", "/nowhere", "--against", methods, code=2)
+    assert "--against" in line
 
 
 def test_gates_that_hold():
@@ -176,6 +245,7 @@ def test_a_baseline_of_something_else_is_one_line(tmp_path):
         ("--image", "x.png", "--prompt", "x", "--visual-tokens", 5),
         ("--image", "x.png", "--prompt", "x", "--random-weights"),
         ("--layers", 2),
+        ("--hidden-size", 64),
         ("--runs", 0),
         ("--dtype", "int8"),
         ("--keep", "nan"),
@@ -271,6 +341,20 @@ def test_what_does_not_fit_is_said_before_it_is_built(monkeypatch):
 def test_random_weights_of_an_unknown_name_or_depth_are_one_line():
     assert "llava-1.5-7b" in refused("bench", "--model", "owner/model", "--random-weights")
     assert "32" in refused("bench", "--model", "llava-1.5-7b", "--random-weights", "--layers", 33)
+    for width in (64, 1000, 8192):
+        more = ("--random-weights", "--hidden-size", width)
+        assert "multiple of 128 up to 4096" in refused("bench", "--model", "llava-1.5-7b", *more)
+
+
+@pytest.mark.parametrize("name", sorted(shapes.SHAPES))
+def test_a_narrower_decoder_has_the_same_heads(name):
+    before = shapes.shape_config(name).text_config
+    size = head_size(before)
+    text = shapes.shape_config(name, hidden_size=2 * size).text_config
+    assert (text.hidden_size, head_size(text), text.num_attention_heads) == (2 * size, size, 2)
+    assert 2 % text.num_key_value_heads == 0
+    ratio = before.intermediate_size / before.hidden_size
+    assert text.intermediate_size == pytest.approx(ratio * text.hidden_size, abs=1)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,24 @@
+import math
 import subprocess
 import sys
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
 from cli_tools import model_folder
+from tiny import FAMILIES, make_inputs, one_image
+from tiny import make_model as make_tiny
 
 from alvts_cli import AlvtsError
 from alvts_cli.bench.inputs import synthetic_inputs
+from alvts_cli.bench.measure import _order
 from alvts_cli.bench.metrics import parse_gate, parse_share
 from alvts_cli.bench.selectors import random_selectors
-from alvts_cli.bench.statistics import ratio, spread
+from alvts_cli.bench.short import shortened
+from alvts_cli.bench.statistics import efficiency, ratio, spread
 from alvts_cli.bench.timing import generate
-from alvts_cli.engine import attach
+from alvts_cli.engine import attach, kv_bytes
 from alvts_cli.models import load_model
 
 
@@ -29,6 +35,44 @@ def test_a_ratio_has_an_interval_that_narrows_with_agreement():
     point, low, high = ratio([2.0, 3.0, 4.0], [1.0, 1.0, 1.0])
     assert low < point == 3 < high
     assert ratio([2.0, 3.0, 4.0], [1.0, 1.0, 1.0]) == (point, low, high)
+
+
+def test_efficiency_is_the_part_of_the_gain_that_is_reached():
+    assert efficiency([9.0, 10.0, 11.0], [3.0, 3.0, 3.0], [2.0, 2.0, 2.0])[0] == 7 / 8
+    point, low, high = efficiency([9.0, 10.0, 12.0], [3.0, 4.0, 3.0], [2.0, 2.0, 2.5])
+    assert low < point < high < 1
+    # Where a prefill of the layer average is no faster, there is nothing to reach.
+    assert all(map(math.isnan, efficiency([2.0, 2.0], [3.0, 3.0], [2.0, 2.0])))
+
+
+def test_the_order_of_the_rounds_is_fair():
+    rounds = [tuple(_order(["dense", "selective", "short"], i)) for i in range(6)]
+    assert set(rounds) == set(permutations(["dense", "selective", "short"]))
+    for i in range(5):
+        assert sorted(_order(list("abcde"), i)) == list("abcde")
+    assert {_order(list("abcde"), i)[0] for i in range(10)} == set("abcde")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_short_prefill_is_the_decoder_on_fewer_tokens(family):
+    model = make_tiny(family)
+    inputs = make_inputs(model, one_image(family), one_image(family))
+    text_model = model.model.language_model
+    states = []
+    handle = text_model.register_forward_hook(lambda m, args, output: states.append(output))
+    generate(model, inputs, 1)
+    with shortened(model, 9):
+        made = generate(model, inputs, 1, ignore_end=True)
+    generate(model, inputs, 1)
+    handle.remove()
+    whole, short, again = states
+    # Earlier tokens do not see later ones: what is left out changes nothing for the others.
+    torch.testing.assert_close(short.last_hidden_state, whole.last_hidden_state[:, :9])
+    assert torch.equal(again.last_hidden_state, whole.last_hidden_state)
+    assert short.past_key_values.get_seq_length() == 9
+    assert made.kv_bytes * whole.past_key_values.get_seq_length() == 9 * kv_bytes(
+        whole.past_key_values
+    )
 
 
 @pytest.mark.parametrize(
@@ -102,7 +146,7 @@ def test_a_timed_generation_is_the_plain_one_and_leaves_no_trace(subject):
     assert 0 < made.vision_ms < made.ttft_ms < made.total_ms
     assert 0 < made.prefill_ms < made.ttft_ms
     assert made.total_ms == pytest.approx(made.ttft_ms + 4 * made.decode_ms)
-    assert made.phase_ms == {"score": 0, "select": 0, "merge": 0}
+    assert made.phase_ms == {"score": 0, "select": 0, "layer": 0, "merge": 0}
 
 
 def test_the_phases_of_a_selection_are_timed_within_prefill(subject):

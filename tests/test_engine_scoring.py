@@ -111,6 +111,26 @@ def test_select_breaks_ties_by_position_and_can_keep_none_or_all():
     assert select(scores, torch.tensor([4]), text, 6)[0].tolist() == [list(range(6))]
 
 
+def test_what_saves_time_changes_nothing():
+    torch.manual_seed(0)
+    selector = make_selectors().layers[0]
+    visual, text = masks("tt" + "v" * 600 + "ttt", "ttt" + "v" * 600 + "tt")
+    hidden = torch.randn(2, 605, WIDTH)
+    plain = importance(hidden, selector, visual, text, True)
+    fast = importance(hidden, selector.joined(), visual, text, True, padded=False)
+    assert torch.equal(plain, fast)
+
+
+def test_merge_in_place_writes_to_what_it_is_given():
+    hidden = torch.randn(2, 6, 3)
+    index = torch.tensor([[0, 2, 5], [1, 3, 4]])
+    valid = torch.tensor([[True, True, True], [False, True, True]])
+    new = torch.randn(2, 3, 3)
+    expected = merge(hidden, index, new, valid)
+    assert merge(hidden, index, new, valid, in_place=True) is hidden
+    assert torch.equal(hidden, expected)
+
+
 def test_merge_is_the_inverse_of_gather_and_not_in_place():
     hidden = torch.randn(2, 6, 3)
     before = hidden.clone()

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from tiny import FAMILIES, Prompt, make_inputs, make_model, make_selectors, one_image
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alvts_cli import attach
@@ -57,6 +58,40 @@ def test_no_reads_in_prefill_and_decode(family, attn):
             no_reads_in_layers(model),
         ):
             model.generate(**inputs, max_new_tokens=3, do_sample=False)
+
+
+class Reads(TorchFunctionMode):
+    """Counts what brings numbers of a tensor to the host, as a program writes it."""
+
+    NAMES = (
+        *("item", "tolist", "numpy", "cpu", "nonzero", "equal", "masked_select", "unique"),
+        *("__bool__", "__int__", "__float__", "__index__", "__contains__"),
+    )
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        bool_index = getattr(func, "__name__", "") in ("__getitem__", "__setitem__") and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        self.count += bool_index or getattr(func, "__name__", "") in self.NAMES
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_selection_reads_exactly_once_in_a_prefill(family):
+    model = make_model(family)
+    inputs = make_inputs(model, one_image(family))
+
+    def reads():
+        with torch.no_grad(), Reads() as watch:
+            model(**inputs)
+        return watch.count
+
+    # What transformers itself reads, such as the sizes of images, is there either way.
+    dense = reads()
+    with attach(model, make_selectors(causal=True), [1.0, 0.25, 0, 5]):
+        assert reads() == dense + 1
 
 
 def test_the_watch_sees_a_read():
@@ -125,7 +160,12 @@ def test_phases_are_entered_in_order():
         names.append(name)
         yield
 
-    with torch.no_grad(), attach(model, make_selectors(), [1.0, 0.25, 1.0, 1.0]) as attachment:
+    with torch.no_grad(), attach(model, make_selectors(), [1.0, 0.25, 0, 1.0]) as attachment:
         attachment.phase = phase
-        model(**inputs)
-    assert [n for i, n in enumerate(names) if n not in names[:i]] == ["score", "select", "merge"]
+        cache = model(**inputs).past_key_values
+        ran = [n for i, n in enumerate(names) if i == 0 or n != names[i - 1]]
+        whole, best, text = ["layer"], ["score", "select", "layer", "merge"], ["select", "layer"]
+        assert ran == [*whole, *best, *text, "merge", *whole]
+        names.clear()
+        model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        assert names == []

@@ -16,6 +16,7 @@ SAME = (
     "model",
     "random_weights",
     "layers",
+    "hidden_size",
     "dtype",
     "device",
     "batch",
@@ -56,7 +57,9 @@ def check_comparable(baseline: Mapping[str, Any], settings: Mapping[str, Any]) -
         AlvtsError: with the first setting that differs.
     """
     for name in SAME:
-        before, now = baseline["settings"].get(name), settings[name]
+        now = settings[name]
+        # What an older version did not write down could not be set then either.
+        before = baseline["settings"].get(name, now)
         if before != now:
             raise AlvtsError(
                 f"the baseline was measured with {name}={before}, this run has {name}={now}; "

@@ -1,82 +1,169 @@
-"""Dense and selective generations in turn, and the figures that come of them."""
+"""Dense and selective generations in turn, with what they are held against, and their figures."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from statistics import median
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import mean, median
 from typing import Any
 
-from ..engine import Prefill, attach, prefill_flops
+from ..engine import Attachment, Prefill, attach, prefill_flops
 from ..families import family_of
+from ..methods import make_method
 from .memory import peak_memory
-from .statistics import ratio
+from .short import shortened
+from .statistics import efficiency, ratio
 from .subject import NEW_TOKENS, Subject, rank_of
 from .timing import Generated, generate
 
 
 @dataclass(frozen=True)
+class Peer:
+    """Another method's prefill.
+
+    Attributes:
+        runs: in the same rounds as the others.
+        visual_tokens_kept: mean over layers.
+        speedup: of prefill against dense, and its 95 % interval.
+    """
+
+    runs: tuple[Generated, ...]
+    visual_tokens_kept: float
+    speedup: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
 class Measurement:
-    """The timed runs, in pairs: `dense[i]` and `selective[i]` ran one after the other.
+    """The timed runs, in rounds: those of index `i` ran one after the other.
 
     Attributes:
         dense, selective: the generations.
+        short: generations of one token whose prefill is as short as the layers' average.
+        peers: by the name of the method.
         peak_dense, peak_selective: bytes beyond the weights; None where not measured.
-        figures: every name of `METRICS`.
-        intervals: 95 % intervals of the speed-ups among them.
+        figures: every name of `METRICS`; nan where there is none.
+        intervals: 95 % intervals of the speed-ups among them, and of the efficiency.
     """
 
     dense: tuple[Generated, ...]
     selective: tuple[Generated, ...]
+    short: tuple[Generated, ...]
+    peers: dict[str, Peer]
     peak_dense: int | None
     peak_selective: int | None
     figures: dict[str, float]
     intervals: dict[str, tuple[float, float]]
 
 
-def measure(subject: Subject, runs: int, on_run: Callable[[], None]) -> Measurement:
-    """Time `runs` pairs after one pair of warm-up; the order within a pair alternates.
+@dataclass
+class _Entrant:
+    """One of those that take turns.
+
+    Attributes:
+        setting: what the model runs in.
+        new_tokens: of every generation; 1 where prefill is all that is asked for.
+    """
+
+    setting: Callable[[], AbstractContextManager[Attachment | None]]
+    new_tokens: int = 1
+    runs: list[Generated] = field(default_factory=list)
+    peaks: list[int | None] = field(default_factory=list)
+    kept: Prefill | None = None
+
+    def run(self, subject: Subject) -> None:
+        """Once more."""
+        model = subject.model
+        with peak_memory(model.device) as peak, self.setting() as attachment:
+            made = generate(model, subject.inputs, self.new_tokens, attachment, ignore_end=True)
+            if attachment is not None:
+                self.kept = attachment.last
+        self.runs.append(made)
+        self.peaks.append(peak.bytes)
+
+    @property
+    def peak(self) -> int | None:
+        """The highest; None where not measured."""
+        return max((bytes for bytes in self.peaks if bytes is not None), default=None)
+
+
+def measure(
+    subject: Subject, runs: int, against: Sequence[str], on_run: Callable[[], None]
+) -> Measurement:
+    """Time `runs` rounds after one round of warm-up.
+
+    In every round all run once. The order is another one each time, so that nobody always comes
+    first, or behind the same one.
 
     Args:
         subject: what to time.
         runs: at least 1.
-        on_run: called after every generation, `2 * (runs + 1)` times.
+        against: names of methods to time at the same layer average.
+        on_run: called after every generation, `entrants(against) * (runs + 1)` times.
     """
-    model, inputs = subject.model, subject.inputs
-    dense: list[Generated] = []
-    selective: list[Generated] = []
-    peaks: dict[bool, list[int]] = {False: [], True: []}
-    kept: list[Prefill] = []
+    model, prompt = subject.model, subject.prompt
+    depth = len(subject.keep.values)
+    average = round(mean(subject.keep.count(i, prompt.visual_tokens) for i in range(depth)))
+    samples = [str(sample) for sample in range(subject.settings["batch"])]
 
-    def run(selecting: bool) -> Generated:
-        with peak_memory(model.device) as peak:
-            if selecting:
-                with attach(model, subject.selectors, subject.keep) as attachment:
-                    result = generate(model, inputs, NEW_TOKENS, attachment, ignore_end=True)
-                    if attachment.last is not None:
-                        kept.append(attachment.last)
-            else:
-                result = generate(model, inputs, NEW_TOKENS, ignore_end=True)
-        if peak.bytes is not None:
-            peaks[selecting].append(peak.bytes)
-        on_run()
-        return result
+    @contextmanager
+    def short() -> Iterator[None]:
+        with shortened(model, prompt.text_tokens + average):
+            yield
+
+    racing = {
+        "dense": _Entrant(nullcontext, NEW_TOKENS),
+        "selective": _Entrant(lambda: attach(model, subject.selectors, subject.keep), NEW_TOKENS),
+        "short": _Entrant(short),
+    }
+    for name in against:
+        method = make_method(name)
+        racing[name] = _Entrant(partial(method.attached, model, max(1, average), samples))
 
     for i in range(runs + 1):
-        order = (False, True) if i % 2 == 0 else (True, False)
-        pair = {selecting: run(selecting) for selecting in order}
-        if i > 0:
-            dense.append(pair[False])
-            selective.append(pair[True])
+        for name in _order(list(racing), i):
+            racing[name].run(subject)
+            on_run()
+    for entrant in racing.values():
+        del entrant.runs[0]
 
-    counted = _counted(subject, kept[-1])
-    timed, intervals = _timed(dense, selective)
+    dense, selective = racing["dense"], racing["selective"]
+    assert selective.kept is not None  # A prompt to measure has an image.
+    timed, intervals = _timed(dense.runs, selective.runs, racing["short"].runs)
     return Measurement(
-        tuple(dense),
-        tuple(selective),
-        max(peaks[False], default=None),
-        max(peaks[True], default=None),
-        {**timed, **counted},
+        tuple(dense.runs),
+        tuple(selective.runs),
+        tuple(racing["short"].runs),
+        {name: _peer(racing[name], dense.runs) for name in against},
+        dense.peak,
+        selective.peak,
+        {**timed, **_counted(subject, selective.kept)},
         intervals,
     )
+
+
+def entrants(against: Sequence[str]) -> int:
+    """How many generations a round has."""
+    return 3 + len(against)
+
+
+def _order(names: list[str], number: int) -> list[str]:
+    """All names, turned by one place from round to round, and every second time back to front."""
+    turn = number % len(names)
+    turned = names[turn:] + names[:turn]
+    return turned[::-1] if number % 2 else turned
+
+
+def _peer(entrant: _Entrant, dense: list[Generated]) -> Peer:
+    assert entrant.kept is not None
+    return Peer(
+        tuple(entrant.runs),
+        entrant.kept.layer_average,
+        ratio(_values(dense, "prefill_ms"), _values(entrant.runs, "prefill_ms")),
+    )
+
+
+def _values(runs: list[Generated], name: str) -> list[float]:
+    return [getattr(run, name) for run in runs]
 
 
 def _counted(subject: Subject, kept: Prefill) -> dict[str, float]:
@@ -103,26 +190,27 @@ def _counted(subject: Subject, kept: Prefill) -> dict[str, float]:
 
 
 def _timed(
-    dense: list[Generated], selective: list[Generated]
+    dense: list[Generated], selective: list[Generated], short: list[Generated]
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
-    """Medians and their ratios, with the intervals of the ratios; and the measured caches."""
-
-    def values(runs: list[Generated], name: str) -> list[float]:
-        return [getattr(run, name) for run in runs]
+    """Medians and what is made of them, with intervals; and the measured caches."""
 
     figures: dict[str, float] = {
         "kv_bytes": selective[-1].kv_bytes,
         "kv_bytes_dense": dense[-1].kv_bytes,
         "kv_ratio": dense[-1].kv_bytes / selective[-1].kv_bytes,
-        "vision_ms": median(values(dense + selective, "vision_ms")),
+        "vision_ms": median(_values(dense + selective, "vision_ms")),
         "scoring_ms": median(run.phase_ms["score"] for run in selective),
         "scoring_share": median(run.phase_ms["score"] / run.prefill_ms for run in selective),
     }
-    intervals = {}
+    prefill = [_values(runs, "prefill_ms") for runs in (dense, selective, short)]
+    estimates = {
+        "prefill_speedup_limit": ratio(prefill[0], prefill[2]),
+        "efficiency": efficiency(*prefill),
+    }
+    figures["short_ms"] = median(prefill[2])
     for name in ("prefill", "ttft", "decode", "total"):
-        slow, fast = values(dense, f"{name}_ms"), values(selective, f"{name}_ms")
-        point, low, high = ratio(slow, fast)
-        figures[f"{name}_speedup"] = point
-        intervals[f"{name}_speedup"] = (low, high)
+        slow, fast = _values(dense, f"{name}_ms"), _values(selective, f"{name}_ms")
+        estimates[f"{name}_speedup"] = ratio(slow, fast)
         figures[f"{name}_ms"], figures[f"{name}_ms_dense"] = median(fast), median(slow)
-    return figures, intervals
+    figures |= {name: point for name, (point, _, _) in estimates.items()}
+    return figures, {name: (low, high) for name, (_, low, high) in estimates.items()}

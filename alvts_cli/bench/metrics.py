@@ -30,6 +30,9 @@ class Metric:
 
 METRICS: dict[str, Metric] = {
     "prefill_speedup": Metric("language model's prefill, dense / selective", 1, True),
+    "prefill_speedup_limit": Metric("the same, dense / short", 0, True),
+    # Of differences of times: too unsteady to be compared with another day's.
+    "efficiency": Metric("of prefill, (dense - selective) / (dense - short)", 1, False),
     "ttft_speedup": Metric("time to the first token, dense / selective", 1, True),
     "decode_speedup": Metric("time per new token, dense / selective", 1, True),
     "total_speedup": Metric("whole generation, dense / selective", 1, True),
@@ -46,6 +49,7 @@ METRICS: dict[str, Metric] = {
     "vision_ms": Metric("vision tower", -1, False),
     "prefill_ms": Metric("language model's prefill, selective", -1, False),
     "prefill_ms_dense": Metric("the same, dense", 0, False),
+    "short_ms": Metric("the same, dense on text and layer average alone", 0, False),
     "scoring_ms": Metric("selectors, all layers", -1, False),
     "ttft_ms": Metric("time to the first token, selective", -1, False),
     "ttft_ms_dense": Metric("the same, dense", 0, False),

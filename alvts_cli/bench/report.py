@@ -1,5 +1,6 @@
 """The outcome of a benchmark: a table to read and an object to keep."""
 
+import math
 import os
 import platform
 import sys
@@ -16,7 +17,7 @@ from rich.table import Table
 from .. import __version__
 from .measure import Measurement
 from .statistics import spread
-from .timing import Generated
+from .timing import PHASES, Generated
 
 FORMAT = 1
 """Of the JSON object; raised when a name in it changes its meaning."""
@@ -29,6 +30,12 @@ _TIMES = {
     "total_ms": "all together, ms",
 }
 _PHASES = {"score": "  of it scoring", "select": "  of it selecting", "merge": "  of it merging"}
+_PROFILE = {
+    "score": "score all visual tokens",
+    "select": "select and gather",
+    "layer": "run the layers",
+    "merge": "merge",
+}
 
 
 def environment(model: Any) -> dict[str, Any]:
@@ -55,24 +62,43 @@ def to_json(
 
     def times(runs: tuple[Generated, ...]) -> dict[str, Any]:
         columns = {name: [getattr(run, name) for run in runs] for name in _TIMES}
-        for phase in _PHASES:
+        for phase in PHASES:
             columns[f"{phase}_ms"] = [run.phase_ms[phase] for run in runs]
+        return {name: summary(column) for name, column in columns.items()}
+
+    def summary(column: list[float]) -> dict[str, Any]:
+        figures = spread(column)
         return {
-            name: {
-                "median": spread(column).median,
-                "quartiles": [spread(column).low, spread(column).high],
-                "runs": column,
-            }
-            for name, column in columns.items()
+            "median": figures.median,
+            "quartiles": [figures.low, figures.high],
+            "runs": column,
         }
+
+    def known(value: float) -> float | None:
+        return None if math.isnan(value) else value
 
     return {
         "format": FORMAT,
         "settings": dict(settings),
         "environment": dict(surroundings),
-        "metrics": measurement.figures,
-        "intervals": {name: list(ends) for name, ends in measurement.intervals.items()},
-        "times": {"dense": times(measurement.dense), "selective": times(measurement.selective)},
+        "metrics": {name: known(value) for name, value in measurement.figures.items()},
+        "intervals": {
+            name: [known(end) for end in ends] for name, ends in measurement.intervals.items()
+        },
+        "times": {
+            "dense": times(measurement.dense),
+            "selective": times(measurement.selective),
+            "short": {"prefill_ms": summary([run.prefill_ms for run in measurement.short])},
+        },
+        "against": {
+            name: {
+                "visual_tokens_kept": peer.visual_tokens_kept,
+                "prefill_speedup": peer.speedup[0],
+                "interval": list(peer.speedup[1:]),
+                "prefill_ms": summary([run.prefill_ms for run in peer.runs]),
+            }
+            for name, peer in measurement.peers.items()
+        },
         "peak_bytes": {
             "dense": measurement.peak_dense,
             "selective": measurement.peak_selective,
@@ -81,9 +107,12 @@ def to_json(
 
 
 def to_table(
-    measurement: Measurement, settings: Mapping[str, Any], surroundings: Mapping[str, Any]
+    measurement: Measurement,
+    settings: Mapping[str, Any],
+    surroundings: Mapping[str, Any],
+    profile: bool = False,
 ) -> RenderableType:
-    """The same for the terminal."""
+    """The same for the terminal; `profile` adds where the selective prefill goes."""
     figures, intervals = measurement.figures, measurement.intervals
     table = Table("median (quartiles)", box=SIMPLE_HEAD, pad_edge=False)
     for column in ("dense", "selective"):
@@ -101,6 +130,18 @@ def to_table(
             for phase, phase_label in _PHASES.items():
                 spent = [run.phase_ms[phase] for run in measurement.selective]
                 table.add_row(phase_label, "", _time(spent), "")
+            table.add_row(
+                "  the limit: selection for free",
+                "",
+                _time([run.prefill_ms for run in measurement.short]),
+                _interval(figures["prefill_speedup_limit"], intervals["prefill_speedup_limit"]),
+            )
+            table.add_row(
+                "  efficiency: how near to it",
+                "",
+                "",
+                _interval(figures["efficiency"], intervals["efficiency"]),
+            )
     table.add_section()
     table.add_row(
         "visual tokens",
@@ -133,7 +174,48 @@ def to_table(
         f"torch {surroundings['torch']}, transformers {surroundings['transformers']}; "
         f"{len(measurement.dense)} runs each, in turn"
     )
-    return Group(_title(settings), table, about)
+    more = [_profile(measurement)] if profile else []
+    if measurement.peers:
+        more.append(_against(measurement))
+    return Group(_title(settings), table, *more, about)
+
+
+def _profile(measurement: Measurement) -> Table:
+    """Where the selective prefill goes."""
+    table = Table("selective prefill", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("ms", justify="right")
+    table.add_column("percent", justify="right")
+    runs = measurement.selective
+    parts = {label: [run.phase_ms[phase] for run in runs] for phase, label in _PROFILE.items()}
+    parts["rest: final norm, positions, hooks"] = [
+        run.prefill_ms - sum(run.phase_ms.values()) for run in runs
+    ]
+    for label, column in parts.items():
+        shares = [100 * ms / run.prefill_ms for ms, run in zip(column, runs, strict=True)]
+        table.add_row(label, _time(column), f"{spread(shares).median:.1f}")
+    return table
+
+
+def _against(measurement: Measurement) -> Table:
+    """The prefill of all methods."""
+    table = Table("method", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("visual tokens, layer average", "LM prefill, ms", "dense / method (95 %)"):
+        table.add_column(column, justify="right")
+    figures, speedup = measurement.figures, "prefill_speedup"
+    table.add_row(
+        "alvts",
+        f"{figures['visual_tokens_kept']:.1f}",
+        _time([run.prefill_ms for run in measurement.selective]),
+        _interval(figures[speedup], measurement.intervals[speedup]),
+    )
+    for name, peer in measurement.peers.items():
+        table.add_row(
+            name,
+            f"{peer.visual_tokens_kept:.1f}",
+            _time([run.prefill_ms for run in peer.runs]),
+            _interval(peer.speedup[0], peer.speedup[1:]),
+        )
+    return table
 
 
 def megabytes(size: float) -> str:
@@ -146,7 +228,7 @@ def _title(settings: Mapping[str, Any]) -> str:
     if settings["random_weights"]:
         parts.append("random weights")
     if settings["cut"]:
-        parts.append(f"cut to {settings['layers']} layers")
+        parts.append(f"cut to {settings['layers']} layers of width {settings['hidden_size']}")
     parts += [
         f"{settings['visual_tokens']} visual + {settings['text_tokens']} text tokens",
         f"batch {settings['batch']}",
@@ -163,6 +245,8 @@ def _time(column: list[float]) -> str:
 
 
 def _interval(point: float, ends: tuple[float, float]) -> str:
+    if math.isnan(point):
+        return "n/a"
     return f"{point:.2f} ({ends[0]:.2f}-{ends[1]:.2f})"
 
 

@@ -79,12 +79,15 @@ class Wanted:
     dtype: str | None
 
 
-def random_subject(wanted: Wanted, layers: int | None, say: Callable[[str], None]) -> Subject:
+def random_subject(
+    wanted: Wanted, layers: int | None, hidden_size: int | None, say: Callable[[str], None]
+) -> Subject:
     """A known model's shape with random weights and, unless a file is named, random selectors.
 
     Args:
         wanted: with the name of a known model.
         layers: decoder layers to cut it to, or None for all.
+        hidden_size: width to cut it to, or None for its own.
         say: told the memory need before anything is built.
 
     Raises:
@@ -98,7 +101,7 @@ def random_subject(wanted: Wanted, layers: int | None, say: Callable[[str], None
         precision = torch.float32
     else:
         precision = torch.bfloat16
-    config = shape_config(wanted.name, layers)
+    config = shape_config(wanted.name, layers, hidden_size)
     visual = wanted.visual_tokens or usual_visual_tokens(config)
     tokens = visual + wanted.text_tokens + NEW_TOKENS
     need = memory_need(config, precision, tokens, wanted.batch)
@@ -109,7 +112,8 @@ def random_subject(wanted: Wanted, layers: int | None, say: Callable[[str], None
     if wanted.selectors is not None:
         selectors = _fitted(wanted.selectors, model, wanted.name)
     origin = "random" if wanted.selectors is None else str(wanted.selectors)
-    return _subject(wanted, model, inputs, selectors, origin, True, layers is not None)
+    cut = layers is not None or hidden_size is not None
+    return _subject(wanted, model, inputs, selectors, origin, True, cut)
 
 
 def loaded_subject(wanted: Wanted, images: Sequence[Path], prompt: str) -> Subject:
@@ -164,6 +168,7 @@ def _subject(
         "model": wanted.name,
         "random_weights": random_weights,
         "layers": depth,
+        "hidden_size": model.config.text_config.hidden_size,
         "cut": cut,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,

@@ -13,6 +13,9 @@ from transformers.generation.streamers import BaseStreamer
 from ..engine import Attachment, kv_bytes
 from ..families import family_of
 
+PHASES = ("score", "select", "layer", "merge")
+"""Of an `Attachment`, in their order."""
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -87,7 +90,7 @@ def generate(
         ttft_ms=1000 * (arrivals.times[0] - start),
         decode_ms=1000 * (last - arrivals.times[0]) / len(after_first) if after_first else 0.0,
         total_ms=1000 * (last - start),
-        phase_ms={name: watch.total(name) for name in ("score", "select", "merge")},
+        phase_ms={name: watch.total(name) for name in PHASES},
         kv_bytes=watch.kv_bytes,
     )
 

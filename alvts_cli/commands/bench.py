@@ -7,6 +7,7 @@ import typer
 
 from ..bench.metrics import METRICS, Gate, parse_gate, parse_share
 from ..errors import AlvtsError
+from ..methods import check_method
 from .options import (
     DeviceOption,
     DTypeOption,
@@ -39,7 +40,7 @@ def bench(
     text_tokens: Annotated[
         int | None, typer.Option(min=2, help=f"Without --image: default {TEXT_TOKENS}.")
     ] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Timed pairs of dense and selective.")] = 10,
+    runs: Annotated[int, typer.Option(min=1, help="Timed rounds, all in turn.")] = 10,
     random_weights: Annotated[
         bool,
         typer.Option("--random-weights", help="A known model's true shape, without a download."),
@@ -48,6 +49,20 @@ def bench(
         int | None,
         typer.Option(min=1, help="With --random-weights: only so many decoder layers."),
     ] = None,
+    hidden_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --random-weights: a narrower decoder."),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Time the prefill of these methods too, at the same layer average: "
+            "fastv,pyramiddrop,dart,vtw,random,random-static,oracle."
+        ),
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say where the selective prefill's time goes.")
+    ] = False,
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
     json_file: Annotated[
@@ -70,12 +85,18 @@ def bench(
 ) -> None:
     """Time dense and selective generation in turn, and count tokens, FLOPs and cache.
 
+    The limit is the dense prefill of the text and the layer average alone.
+
     Without --image the prompt is made up, of the family's usual size. A failed gate and a
     regression exit with 1.
     """
     gates, tolerance = _conditions(gate, baseline, max_regression)
     check_keep(keep)
-    _check_together(image, prompt, visual_tokens, text_tokens, random_weights, layers)
+    peers = _peers(against)
+    _check_together(image, prompt, visual_tokens, text_tokens, random_weights)
+    for option, value in (("--layers", layers), ("--hidden-size", hidden_size)):
+        if value is not None and not random_weights:
+            raise typer.BadParameter("only with --random-weights", param_hint=option)
 
     import json
 
@@ -84,7 +105,7 @@ def bench(
 
     from ..artifact import check_writable, write_whole
     from ..bench.baseline import check_comparable, read_baseline, regressions
-    from ..bench.measure import measure
+    from ..bench.measure import entrants, measure
     from ..bench.report import environment, to_json, to_table
     from ..bench.subject import Wanted, loaded_subject, random_subject
 
@@ -103,17 +124,17 @@ def bench(
         dtype=dtype,
     )
     if random_weights:
-        subject = random_subject(wanted, layers, say=words.print)
+        subject = random_subject(wanted, layers, hidden_size, say=words.print)
     else:
         subject = loaded_subject(wanted, image or [], prompt or "")
     if before is not None:
         check_comparable(before, subject.settings)
 
     with Progress(console=words, transient=True) as progress:
-        task = progress.add_task("measuring", total=2 * (runs + 1))
-        result = measure(subject, runs, on_run=lambda: progress.advance(task))
+        task = progress.add_task("measuring", total=entrants(peers) * (runs + 1))
+        result = measure(subject, runs, peers, on_run=lambda: progress.advance(task))
     surroundings = environment(subject.model)
-    Console().print(to_table(result, subject.settings, surroundings))
+    Console().print(to_table(result, subject.settings, surroundings, profile))
     if json_file is not None:
         text = json.dumps(to_json(result, subject.settings, surroundings), indent=1)
         write_whole(json_file, f"{text}\n".encode())
@@ -147,13 +168,31 @@ def _conditions(
         raise typer.BadParameter(str(error), param_hint="--max-regression") from None
 
 
+def _peers(against: str | None) -> list[str]:
+    """The methods of --against."""
+    names = [] if against is None else [name.strip() for name in against.split(",")]
+    try:
+        for name in names:
+            check_method(name)
+    except AlvtsError as error:
+        raise typer.BadParameter(str(error), param_hint="--against") from None
+    if {"alvts", "dense"} & set(names):
+        raise typer.BadParameter("alvts and dense run anyway", param_hint="--against")
+    if "downsample" in names:
+        raise typer.BadParameter(
+            "downsample changes the picture, and the prompt with it", param_hint="--against"
+        )
+    if len(set(names)) < len(names):
+        raise typer.BadParameter("every method once", param_hint="--against")
+    return names
+
+
 def _check_together(
     image: list[Path] | None,
     prompt: str | None,
     visual_tokens: int | None,
     text_tokens: int | None,
     random_weights: bool,
-    layers: int | None,
 ) -> None:
     """Refuse options that contradict each other."""
     if bool(image) != (prompt is not None):
@@ -167,5 +206,3 @@ def _check_together(
         raise typer.BadParameter(
             "random weights come without a processor; use --visual-tokens", param_hint="--image"
         )
-    if layers is not None and not random_weights:
-        raise typer.BadParameter("only with --random-weights", param_hint="--layers")

@@ -1,6 +1,6 @@
 """Put the selection into a model with hooks, and take it out again without a trace."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -10,16 +10,18 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ..errors import AlvtsError
 from ..families import family_of
 from .cache import SelectiveLayer, prepare_cache
+from .compiling import compile_prefill
 from .keep import Keep, KeepArgument, Schedules, resolve_keep
 from .masks import build_mask, mask_style
 from .merging import gather_hidden, gather_positions, merge
 from .plan import Plan, make_plan, read_inputs
 from .scoring import LayerSelector, importance
-from .selecting import select
+from .selecting import positions_of, select
 
 _attached: WeakSet[nn.Module] = WeakSet()
 
@@ -53,7 +55,8 @@ class Scorer(Protocol):
         Args:
             layer_index: from 0.
             layer: the decoder layer about to run.
-            hidden: its input `[B, T, D]`, all tokens; not to be written to.
+            hidden: its input `[B, T, D]`, all tokens; not to be written to, nor to be kept: later
+                layers may write to it.
             plan: of this forward; a new object for every forward.
             layer_kwargs: what the layer is called with (`position_embeddings`,
                 `past_key_values`, ...); not to be written to.
@@ -81,11 +84,18 @@ class Prefill:
 
 @dataclass
 class _Running:
-    """A layer that is running on a selection: what its result is merged with."""
+    """A layer that is running on a selection: what its result is merged with.
+
+    Attributes:
+        hidden: the layer's whole input, `[B, T, D]`.
+        index, valid: as `select` gave them.
+        in_place: whether `hidden` may be written to.
+    """
 
     hidden: Tensor
     index: Tensor
     valid: Tensor | None
+    in_place: bool
 
 
 def _no_phase(name: str) -> AbstractContextManager[object]:
@@ -101,7 +111,7 @@ class _SelectorScorer:
         for selector, layer in zip(selectors.layers, layers, strict=True):
             # The norm is never quantised: its dtype is the one the layer computes in.
             norm = layer.input_layernorm.weight
-            self.layers.append(selector and selector.to(norm.device, norm.dtype))
+            self.layers.append(selector and selector.to(norm.device, norm.dtype).joined())
 
     def importance(
         self,
@@ -111,10 +121,23 @@ class _SelectorScorer:
         plan: Plan,
         layer_kwargs: dict[str, Any],
     ) -> Tensor:
-        return importance(hidden, self.layers[layer_index], plan.visual, plan.text, self.causal)
+        return importance(
+            hidden,
+            self.layers[layer_index],
+            plan.visual,
+            plan.text,
+            self.causal,
+            padded=plan.padded,
+        )
 
 
-def attach(model: Any, selectors: Selectors, keep: KeepArgument | Keep = None) -> "Attachment":
+def attach(
+    model: Any,
+    selectors: Selectors,
+    keep: KeepArgument | Keep = None,
+    *,
+    compile: bool | Mapping[str, Any] = False,
+) -> "Attachment":
     """Make `model` select its visual tokens in every layer, until the attachment is detached.
 
         with attach(model, selectors, keep=0.11):
@@ -125,6 +148,8 @@ def attach(model: Any, selectors: Selectors, keep: KeepArgument | Keep = None) -
         selectors: fitted for this model.
         keep: see `resolve_keep`; a layer average is spent as the selectors' schedules say, where
             they have any, and None takes their default.
+        compile: run the selecting prefill of the decoder through `torch.compile`, without graph
+            breaks (see `compiling`); True, or keyword arguments of `torch.compile`.
 
     Raises:
         AlvtsError: unknown architecture, sliding windows, an unknown attention implementation,
@@ -149,7 +174,7 @@ def attach(model: Any, selectors: Selectors, keep: KeepArgument | Keep = None) -
                     f"the selector of layer {i} is for a width of {selector.key.shape[1]} but "
                     f"the model has {width}; use selectors fitted for this model"
                 )
-    return attach_scorer(model, _SelectorScorer(selectors, layers), resolved)
+    return Attachment(model, _SelectorScorer(selectors, layers), resolved, compile)
 
 
 def keep_of(selectors: Selectors, keep: KeepArgument | Keep) -> Keep:
@@ -174,11 +199,18 @@ class Attachment:
 
     Attributes:
         last: what the latest forward with visual tokens kept, or None.
-        phase: `phase(name)` is entered around "score", "select" and "merge" of every selecting
-            layer; a benchmark may put a timer here.
+        phase: in a forward with visual tokens, `phase(name)` is entered around "score", "select"
+            and "merge" of every selecting layer, and around "layer", every layer itself; a
+            benchmark may put a timer here. While it is set, nothing runs compiled.
     """
 
-    def __init__(self, model: Any, scorer: Scorer, keep: Keep) -> None:
+    def __init__(
+        self,
+        model: Any,
+        scorer: Scorer,
+        keep: Keep,
+        compile: bool | Mapping[str, Any] = False,
+    ) -> None:
         family = family_of(model)
         family.check(model)
         self._model = model
@@ -201,7 +233,14 @@ class Attachment:
         self.phase: Callable[[str], AbstractContextManager[object]] = _no_phase
         self._forget()
 
-        layers = family.layers(model)
+        self._uncompile: Callable[[], None] | None = None
+        if compile is not False:
+            options = {} if compile is True else compile
+            self._uncompile = compile_prefill(
+                text_model, self._plan_to_compile, self._set_plan, options
+            )
+        layers: Any = family.layers(model)
+        self._layers = layers
         self._num_layers = len(layers)
         self._handles = [
             self._backbone.register_forward_pre_hook(self._before_model, with_kwargs=True),
@@ -235,6 +274,8 @@ class Attachment:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        if self._uncompile is not None:
+            self._uncompile()
         self._forget()
         _attached.discard(self._backbone)
 
@@ -244,6 +285,16 @@ class Attachment:
         self._cache: Any = None
         self._first_hidden: Tensor | None = None
         self._running: _Running | None = None
+        self._in_layer: AbstractContextManager[object] | None = None
+        self._merged: Tensor | None = None
+
+    def _plan_to_compile(self) -> Plan | None:
+        """The plan of the running forward if it selects and nobody watches its phases."""
+        plan = self._plan
+        return plan if plan and plan.keep_counts and self.phase is _no_phase else None
+
+    def _set_plan(self, plan: Plan) -> None:
+        self._plan = plan
 
     def _before_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -289,11 +340,12 @@ class Attachment:
             mask = None if plain else self._mask(hidden, past, valid)
             if past is not None:
                 past.expect(plan.tokens, valid, plain=True)
+            self._enter_layer(plan)
             # The model's own mask fits a layer that has skipped nothing so far.
             return None if plain else (args, {**kwargs, "attention_mask": mask})
 
         index, valid = self._select(i, layer, hidden, plan, kwargs)
-        self._running = _Running(hidden, index, valid)
+        self._running = _Running(hidden, index, valid, self._only_ours(i, hidden))
         if i == 0:
             self._first_hidden = hidden
         with self.phase("select"):
@@ -310,6 +362,7 @@ class Attachment:
             # several packed sequences.
             "position_ids": None,
         }
+        self._enter_layer(plan)
         if args:
             return (chosen, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": chosen}
@@ -317,11 +370,39 @@ class Attachment:
     def _after_layer(
         self, i: int, layer: nn.Module, args: tuple[Any, ...], output: Tensor
     ) -> Tensor | None:
+        if self._in_layer is not None:
+            self._in_layer.__exit__(None, None, None)
+            self._in_layer = None
         running, self._running = self._running, None
         if running is None:
             return None
         with self.phase("merge"):
-            return merge(running.hidden, running.index, output, running.valid)
+            merged = merge(running.hidden, running.index, output, running.valid, running.in_place)
+        self._merged = merged
+        return merged
+
+    def _enter_layer(self, plan: Plan) -> None:
+        """Begin the phase that `_after_layer` ends. A step on text alone has no phases.
+
+        Not without anyone to see it: torch.compile takes no context that ends in another function.
+        """
+        if plan.keep_counts and self.phase is not _no_phase:
+            self._in_layer = self.phase("layer")
+            self._in_layer.__enter__()
+
+    def _only_ours(self, i: int, hidden: Tensor) -> bool:
+        """Whether the input of layer `i` is a result of ours that nobody else has seen.
+
+        A hook that is not ours, such as that which records hidden states, may have kept it, and so
+        does autograd.
+        """
+        return (
+            hidden is self._merged
+            and not torch.is_grad_enabled()
+            and len(self._layers[i - 1]._forward_hooks) == 1
+            and len(self._layers[i]._forward_pre_hooks) == 1
+            and not (_global_forward_hooks or _global_forward_pre_hooks)
+        )
 
     def _cache_layer(self, i: int, cache: Any) -> SelectiveLayer | None:
         """The layer's cache. Without one from the caller, the decoder made it a moment ago."""
@@ -347,12 +428,13 @@ class Attachment:
         self, i: int, layer: nn.Module, hidden: Tensor, plan: Plan, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """Positions `[B, K]` to run on, and which are real (None: all)."""
-        with self.phase("score"):
-            if plan.ranks(i):
+        lengths = plan.lengths(i)
+        if plan.ranks(i):
+            with self.phase("score"):
                 scores = self._scorer.importance(i, layer, hidden, plan, kwargs)
-            else:
-                scores = torch.zeros_like(plan.visual, dtype=torch.float32)
-        with self.phase("select"):
-            lengths = plan.lengths(i)
-            index, valid = select(scores, plan.keep_tensor[i], plan.text, max(lengths))
+            with self.phase("select"):
+                index, valid = select(scores, plan.keep_tensor[i], plan.text, max(lengths))
+        else:
+            with self.phase("select"):
+                index, valid = positions_of(plan.text, max(lengths))
         return index, None if min(lengths) == max(lengths) else valid

@@ -46,8 +46,8 @@ def prefill_flops(
 
         projections  2 * 2 T D R,  logits 2 T^2 R,  two column means 2 * 2 T^2
 
-    The logits are whole, not causal. Norms, softmax, rotary and activation functions, the vision
-    tower and the output head are not counted.
+    The logits are whole; of causal selectors only about half of them are computed. Norms, softmax,
+    rotary and activation functions, the vision tower and the output head are not counted.
 
     Args:
         text_config: of the decoder.

@@ -1,0 +1,220 @@
+"""`attach(..., compile=...)`: one graph, the same results, few compilations, no trace after."""
+
+import inspect
+from contextlib import nullcontext
+
+import pytest
+import torch
+from tiny import FAMILIES, Prompt, make_inputs, make_model, make_selectors, one_image
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from alvts_cli import attach
+from alvts_cli.engine import Solved, keep_of
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def prompt(model, family, tokens=12, seed=0):
+    one = one_image(family, seed)
+    one.text = (one.text * 3)[:tokens]
+    return make_inputs(model, one)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_graph_and_the_same_bits(family):
+    """fullgraph=True raises at a graph break. New text lengths compile once more, all together."""
+    model = make_model(family)
+    selectors = make_selectors(causal=True)
+    prompts = [prompt(model, family, *which) for which in ((12, 0), (12, 1), (14, 2), (17, 3))]
+    counter = CompileCounterWithBackend("eager")
+    with torch.no_grad():
+        with attach(model, selectors, 4):
+            expected = [model(**inputs).logits for inputs in prompts]
+        with attach(model, selectors, 4, compile={"backend": counter}) as attachment:
+            graphs = []
+            for inputs, logits in zip(prompts, expected, strict=True):
+                output = model(**inputs)
+                graphs.append(counter.frame_count)
+                assert torch.equal(output.logits, logits)
+                layer = output.past_key_values.layers[0]
+                assert type(layer.seen) is int and layer.seen == inputs["input_ids"].shape[1]
+                assert not layer.plain and layer.slots == attachment.last.kept[0][0] + len(
+                    inputs["input_ids"][0]
+                ) - sum(attachment.last.visual_tokens)
+    assert graphs == [1, 1, 2, 2]
+
+
+SCHEDULES = ((0.5, 0.25, 0.0, 0.25), (1.0, 0.75, 0.25, 0.5))
+
+
+@pytest.mark.parametrize(("backend", "keep"), [("eager", 0.3), ("aot_eager", 10)])
+def test_counts_that_follow_the_image(backend, keep):
+    """Schedules solve another `k` per layer for every number of visual tokens."""
+    model = make_model("llava")
+    selectors = make_selectors(causal=True, schedules=SCHEDULES)
+    prompts = [make_inputs(model, Prompt([1, *[5] * 9], [(16, 16)] * n)) for n in (1, 2, 4, 1, 3)]
+    resolved = keep_of(selectors, keep)
+    assert isinstance(resolved, Solved)
+    counter = CompileCounterWithBackend(backend)
+    with torch.no_grad():
+        with attach(model, selectors, keep) as attachment:
+            expected = [(model(**inputs).logits, attachment.last) for inputs in prompts]
+        with attach(model, selectors, resolved, compile={"backend": counter}) as attachment:
+            graphs = []
+            for inputs, (logits, kept) in zip(prompts, expected, strict=True):
+                assert torch.equal(model(**inputs).logits, logits)
+                assert attachment.last == kept
+                graphs.append(counter.frame_count)
+    assert len({kept.kept for _, kept in expected}) >= 3
+    # The fourth prompt is as large as the first.
+    assert graphs[0] == 1 < graphs[1] and graphs[3] == graphs[2]
+
+
+def test_blocks_of_rows_are_no_reason_to_compile_again():
+    """Prompts of several blocks of scoring on a CPU, as many in each."""
+    model = make_model("llava")
+    prompts = [make_inputs(model, Prompt([1, *[5] * n], [(16, 16)])) for n in (600, 601, 650)]
+    counter = CompileCounterWithBackend("eager")
+    with torch.no_grad():
+        with attach(model, make_selectors(causal=True), 4):
+            expected = [model(**inputs).logits for inputs in prompts]
+        with attach(model, make_selectors(causal=True), 4, compile={"backend": counter}):
+            for inputs, logits in zip(prompts, expected, strict=True):
+                torch.testing.assert_close(model(**inputs).logits, logits)
+    assert counter.frame_count == 2
+
+
+def test_a_hook_that_comes_later_keeps_what_it_sees():
+    """The graph writes to the residual stream in place, unless somebody may hold on to it."""
+    model = make_model("llava")
+    inputs = prompt(model, "llava")
+    graphs, held, copies = [], [], []
+
+    def backend(graph, example_inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph.forward
+
+    def keep(module, args, output):
+        held.append(output)
+        copies.append(output.clone())
+
+    with torch.no_grad(), attach(model, make_selectors(), 4, compile={"backend": backend}):
+        expected = model(**inputs).logits
+        handle = model.model.language_model.layers[1].register_forward_hook(keep)
+        assert torch.equal(model(**inputs).logits, expected)
+        handle.remove()
+    assert torch.equal(held[0], copies[0])
+    assert [graph.count("index_put_") for graph in graphs] == [3, 2]
+
+
+def test_generation_decodes_uncompiled():
+    model = make_model("llava")
+    inputs = prompt(model, "llava")
+    counter = CompileCounterWithBackend("eager")
+    generate = dict(max_new_tokens=6, do_sample=False)
+    with attach(model, make_selectors(), [1.0, 4, 0, 4]):
+        expected = model.generate(**inputs, **generate)
+    with attach(model, make_selectors(), [1.0, 4, 0, 4], compile={"backend": counter}):
+        assert torch.equal(model.generate(**inputs, **generate), expected)
+        assert torch.equal(model.generate(**inputs, **generate), expected)
+    assert counter.frame_count == 1
+
+
+def test_a_padded_batch_hidden_states_and_eager_attention():
+    model = make_model("llava", "eager")
+    size = one_image("llava").images
+    inputs = make_inputs(model, one_image("llava"), Prompt([1, 5, 6], size), Prompt([1, 7, 8, 9]))
+    with torch.no_grad():
+        with attach(model, make_selectors(causal=True), 0.25):
+            expected = model(**inputs, output_hidden_states=True)
+        # Unlike "eager", this backend takes the graph down to operators without side effects.
+        with attach(model, make_selectors(causal=True), 0.25, compile={"backend": "aot_eager"}):
+            output = model(**inputs, output_hidden_states=True)
+    real = inputs["attention_mask"].bool()
+    assert len(output.hidden_states) == len(expected.hidden_states)
+    for got, wanted in zip(output.hidden_states, expected.hidden_states, strict=True):
+        assert torch.equal(got[real], wanted[real])
+
+
+def test_a_second_turn_with_an_image_runs_uncompiled():
+    model = make_model("llava")
+    inputs = prompt(model, "llava")
+    counter = CompileCounterWithBackend("eager")
+    results = []
+    for compile in (False, {"backend": counter}):
+        with torch.no_grad(), attach(model, make_selectors(), 4, compile=compile):
+            cache = model(**inputs).past_key_values
+            more = {name: value for name, value in inputs.items() if name != "attention_mask"}
+            results.append(model(**more, past_key_values=cache).logits)
+    assert torch.equal(*results)
+    assert counter.frame_count == 1
+
+
+def test_detaching_leaves_nothing():
+    model = make_model("llava")
+    decoder = model.model.language_model
+    inputs = prompt(model, "llava")
+    before, signature = decoder.forward, inspect.signature(decoder.forward)
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        attachment = attach(model, make_selectors(), 4, compile={"backend": "eager"})
+        assert inspect.signature(decoder.forward) == signature
+        assert not torch.equal(model(**inputs).logits, dense)
+        attachment.detach()
+        attachment.detach()
+        assert "forward" not in vars(decoder) and decoder.forward == before
+        assert torch.equal(model(**inputs).logits, dense)
+
+        decoder.forward = wrapped = lambda *args, **kwargs: before(*args, **kwargs)
+        with attach(model, make_selectors(), 4, compile={"backend": "eager"}):
+            assert decoder.forward is not wrapped
+        assert decoder.forward is wrapped
+
+
+def test_options_that_torch_refuses_leave_the_model_alone():
+    model = make_model("llava")
+    with pytest.raises(Exception, match="nonsense"):
+        attach(model, make_selectors(), 4, compile={"backend": "nonsense"})
+    decoder = model.model.language_model
+    assert "forward" not in vars(decoder) and not decoder.layers[0]._forward_hooks
+    attach(model, make_selectors(), 4).detach()
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_attaching_again_and_again_does_not_reach_the_limit():
+    model = make_model("llava")
+    inputs = prompt(model, "llava")
+    counter = CompileCounterWithBackend("eager")
+    with torch.no_grad():
+        for keep in (2, 3):
+            with attach(model, make_selectors(), keep, compile={"backend": counter}):
+                model(**inputs)
+    assert counter.frame_count == 2
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_past_the_limit_it_runs_uncompiled():
+    model = make_model("llava")
+    inputs = [prompt(model, "llava", tokens) for tokens in (12, 14)]
+    with torch.no_grad():
+        with attach(model, make_selectors(), 4):
+            expected = model(**inputs[1]).logits
+        with attach(model, make_selectors(), 4, compile={"backend": "eager"}):
+            model(**inputs[0])
+            with pytest.warns(UserWarning, match="uncompiled"):
+                assert torch.equal(model(**inputs[1]).logits, expected)
+
+
+def test_phases_are_timed_uncompiled():
+    model = make_model("llava")
+    counter = CompileCounterWithBackend("eager")
+    names = []
+    with torch.no_grad(), attach(model, make_selectors(), 4, compile={"backend": counter}) as a:
+        a.phase = lambda name: names.append(name) or nullcontext()
+        model(**prompt(model, "llava"))
+    assert "merge" in names and counter.frame_count == 0

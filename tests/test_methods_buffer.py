@@ -1,0 +1,43 @@
+"""No method holds on to hidden states that a later layer writes to in place."""
+
+import pytest
+import torch
+from methods_tools import deep_model
+from tiny import Prompt, make_inputs
+
+from alvts_cli.bench.selectors import random_selectors
+from alvts_cli.engine import Attachment
+from alvts_cli.methods import METHODS, make_method
+
+TEXT = [1, 5, 9, 12, 33, 47, 51, 60]
+
+
+# At these budgets FastV (0.075) and DART (0.2) prune the prompt with one picture in front of layer
+# 1 and that with two in front of layer 2, by what they have seen of layer 1.
+@pytest.mark.parametrize("budget", [0.075, 0.2])
+@pytest.mark.parametrize("name", METHODS)
+def test_writing_in_place_gives_the_same_bits(name, budget, monkeypatch):
+    model = deep_model()
+    one, two = Prompt(TEXT, [(32, 32)], seed=1), Prompt(TEXT[:5], [(32, 32)] * 2, seed=2)
+    inputs = make_inputs(model, one, two)
+    method = make_method(name, random_selectors(model))
+
+    def logits():
+        with torch.no_grad(), method.attached(model, budget, ["one", "two"]) as attachment:
+            return model(**inputs).logits, attachment.last.kept
+
+    written = []
+    only_ours = Attachment._only_ours
+
+    def spy(self, i, hidden):
+        written.append(only_ours(self, i, hidden))
+        return written[-1]
+
+    monkeypatch.setattr(Attachment, "_only_ours", spy)
+    fast, kept = logits()
+    assert any(written) == (name != "dense")
+    if (name, budget) in {("fastv", 0.075), ("dart", 0.2)}:
+        assert [layer == (64, 128) for layer in kept[:3]] == [True, False, False]
+        assert kept[1][1] == 128 > kept[2][1]
+    monkeypatch.setattr(Attachment, "_only_ours", lambda self, i, hidden: False)
+    assert torch.equal(fast, logits()[0])
