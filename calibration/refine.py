@@ -3,6 +3,13 @@
 The table of `budget` takes a schedule's loss for the sum of its layers' own, which it is not: a
 layer that is restricted changes what the others need. Here tokens are moved from one layer to
 another, and a move stays if the answers come nearer to the dense model's.
+
+Measured on pocket at 11 % (128 calibration samples; KL on them, then on 390 other scenes of which
+150 ask for counts, and percent right there): the table's schedule .178, .234, 85.1; after 60 moves
+.056, .173, 87.9; with 256 samples .065, .148, 87.7. Different schedules do equally well, and 45 of
+the 47 wrong answers are counts. A loss bounded by 1 in place of the KL was not adopted (256
+samples, 60 moves: .109, 89.5; 250 moves, two seeds: .099, 89.2 and .238, 85.9): it gives up on the
+samples that it has lost.
 """
 
 import random

@@ -26,16 +26,13 @@ def fit_table(record: CalibrationRecord) -> Table:
 def budget_table(artifact: Artifact) -> Table:
     """What every layer loses alone, and what it keeps at each average that was solved for."""
     record = artifact.calibration
-    table = Table("layer", box=SIMPLE_HEAD)
+    table = Table("layer", box=SIMPLE_HEAD, pad_edge=False)
     for ratio in record.ratios:
-        table.add_column(f"loss at {_percent(ratio)}", justify="right")
+        table.add_column(f"loss\n{ratio:.0%}", justify="right", no_wrap=True)
     for schedule in artifact.schedules:
-        table.add_column(f"of {_percent(sum(schedule) / len(schedule))}", justify="right")
+        average = sum(schedule) / len(schedule)
+        table.add_column(f"kept\n{average:.0%}", justify="right", no_wrap=True)
     for i, losses in enumerate(record.losses):
-        kept = [_percent(schedule[i]) for schedule in artifact.schedules]
-        table.add_row(str(i), *(f"{loss:.4f}" for loss in losses), *kept)
+        kept = [f"{schedule[i]:.0%}" for schedule in artifact.schedules]
+        table.add_row(str(i), *(f"{loss:.3f}" for loss in losses), *kept)
     return table
-
-
-def _percent(ratio: float) -> str:
-    return f"{ratio:.1%}"
