@@ -2,11 +2,13 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from cli_tools import alvts, model_folder, refused, scene_file
 
+from alvts_cli.artifact import load_artifact, save_artifact
 from alvts_cli.engine import prefill_flops
 from alvts_cli.evaluate import run as run_module
 from alvts_cli.evaluate.batches import collate
@@ -210,6 +212,24 @@ def test_the_command(tmp_path, cache):
     assert not list((cache / "alvts" / "eval").iterdir())
     # Same seed, same table.
     assert alvts(*COMMAND, *SMALL, "--by-kind", *gate).stdout == out
+
+
+def test_fitted_methods_are_given_the_selectors_without_alvts_itself(tmp_path):
+    selectors = load_artifact(model_folder() / "selectors.safetensors")
+    halves = (0.5, 0.0) * 8
+    save_artifact(replace(selectors, schedules=(halves,)), tmp_path / "s.safetensors")
+    methods = "random-budgeted,oracle,alvts-uniform"
+    more = ("--methods", methods, "--selectors", tmp_path / "s.safetensors", "--keep", "32")
+    result = alvts("eval", "--model", model_folder(), *SMALL, *more, "--json", tmp_path / "j.json")
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "j.json").read_text())["data"][0]["rows"]
+    budgeted = [[64, 1], [0, 1]] * 8
+    assert {row["method"]: row["by_layer"] for row in rows} == {
+        "random-budgeted": budgeted,
+        "oracle": budgeted,
+        "alvts-uniform": [[32, 16]],
+    }
+    assert "0 to 64" in result.stdout and "32x16" in result.stdout
 
 
 def test_an_interrupted_command_goes_on(monkeypatch, cache):
