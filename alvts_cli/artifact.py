@@ -27,8 +27,10 @@ from .engine.scoring import LayerSelector
 from .errors import AlvtsError
 from .families import family_of
 
-FORMAT = 1
-"""Raised when an older alvts would misread the file. A new key it may ignore is no reason."""
+FORMAT = 2
+"""Raised when an older alvts would misread the file. A new key it may ignore is no reason.
+
+1 had one schedule in the place of several."""
 
 _VALUES = 16
 """Values of each weight in the fingerprint."""
@@ -207,7 +209,7 @@ def load_artifact(path: Path) -> Artifact:
     """Read and check a file. Its tensors are copies: the file is neither mapped nor locked.
 
     Raises:
-        AlvtsError: no such file, not safetensors, cut short, not ours, a newer format, missing or
+        AlvtsError: no such file, not safetensors, cut short, not ours, another format, missing or
             misshapen tensors, values that are not finite.
     """
     data = _read(path)
@@ -337,6 +339,10 @@ def _metadata(data: bytes, path: Path) -> dict[str, Any]:
     if not isinstance(version, int) or version > FORMAT:
         raise AlvtsError(
             f"{path} has format {version}, this alvts reads up to {FORMAT}; upgrade alvts"
+        )
+    if version < FORMAT:
+        raise AlvtsError(
+            f"{path} was made by an older alvts (format {version}, now {FORMAT}); calibrate again"
         )
     return _check_metadata(metadata, path)
 

@@ -208,10 +208,12 @@ def test_other_safetensors(tmp_path: Path) -> None:
     assert "the metadata" in refusal(path)
 
 
-def test_a_newer_format(saved: Path) -> None:
+def test_another_format(saved: Path) -> None:
     tensors, _ = parts(saved)
-    rewrite(saved, tensors, {"format": 2, "unheard": "of"})
-    assert "has format 2, this alvts reads up to 1; upgrade" in refusal(saved)
+    rewrite(saved, tensors, {"format": 3, "unheard": "of"})
+    assert "has format 3, this alvts reads up to 2; upgrade" in refusal(saved)
+    rewrite(saved, tensors, {"format": 1, "schedule": None})
+    assert "made by an older alvts (format 1, now 2); calibrate again" in refusal(saved)
 
 
 @pytest.mark.parametrize(
