@@ -11,6 +11,7 @@ import torch
 
 from alvts_cli import __version__
 from alvts_cli.artifact import Artifact, CalibrationRecord, LayerFit, fingerprint
+from alvts_cli.engine import default_rank
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of
 from alvts_cli.prompts import build_inputs
@@ -21,7 +22,7 @@ from .capture import Captured, capture
 from .checkpoint import Checkpoint
 from .data import Reader, Sample
 from .refine import Joint, find_schedules
-from .settings import Settings, default_rank
+from .settings import Settings
 from .sweep import sweep
 
 

@@ -11,7 +11,7 @@ class Settings:
     """Options of one run; checked when made.
 
     Attributes:
-        rank: `R`; None takes `default_rank` of the model.
+        rank: `R`; None takes `engine.default_rank` of the model.
         keep: ratio at which recall is measured, and the artifact's default: 64 of 576 tokens.
         held_out: share of the samples that is not fitted but measured on; at least one is.
         steps: optimiser steps per layer (see `align`).
@@ -53,8 +53,3 @@ class Settings:
             raise AlvtsError(f"the learning rate must be above 0, not {self.learning_rate}")
         if self.seed < 0:
             raise AlvtsError(f"the seed must be at least 0, not {self.seed}")
-
-
-def default_rank(hidden_size: int) -> int:
-    """The paper's ranks (256 for a width of 4096, 128 for 2048), and no less than 16."""
-    return max(16, hidden_size // 16)

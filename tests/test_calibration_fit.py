@@ -13,7 +13,7 @@ from tiny import FAMILIES, make_inputs, make_model, one_image
 
 from alvts_cli import AlvtsError, attach
 from alvts_cli.artifact import Artifact, load_artifact, save_artifact
-from alvts_cli.engine import importance
+from alvts_cli.engine import default_rank, importance
 from alvts_cli.engine.probe import attention_importance, project
 from alvts_cli.families import QueryKey, family_of
 from alvts_cli.prompts import build_inputs
@@ -21,7 +21,6 @@ from calibration import Checkpoint, Sample, Settings, Watch, calibrate
 from calibration.align import Target, align, divergence
 from calibration.capture import advance, capture
 from calibration.initialise import initialise
-from calibration.settings import default_rank
 
 
 def projections(model: Any, layer: int = 0) -> QueryKey:
@@ -315,8 +314,8 @@ def test_a_rank_above_the_models_is_refused_before_any_work() -> None:
         calibrate(make_small(), None, [], Settings(rank=33))
 
 
-def test_the_papers_ranks() -> None:
-    assert [default_rank(width) for width in (4096, 2048, 192)] == [256, 128, 16]
+def test_a_quarter_of_the_papers_ranks() -> None:
+    assert [default_rank(width) for width in (4096, 2048, 192)] == [64, 32, 16]
 
 
 @pytest.mark.parametrize(

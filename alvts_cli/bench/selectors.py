@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..engine import LayerSelector
+from ..engine import LayerSelector, default_rank
 from ..families import family_of
 
 DEFAULT_KEEP = 1 / 9
@@ -23,10 +23,10 @@ class RandomSelectors:
 
 
 def random_selectors(model: Any) -> RandomSelectors:
-    """Selectors of rank `max(16, D // 16)`, the paper's for its models, on the model's device."""
+    """Selectors of `default_rank`, on the model's device."""
     text_model: Any = family_of(model).text_model(model)
     width = text_model.config.hidden_size
-    rank = max(16, width // 16)
+    rank = default_rank(width)
     generator = torch.Generator().manual_seed(0)
 
     def matrix() -> torch.Tensor:
