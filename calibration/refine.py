@@ -33,8 +33,8 @@ TRIALS = 40
 _MOVES = (1, 2, 4, 8, 16, UNITS)
 """Units that change place at once, if there are so many."""
 
-_ROWS = 32
-"""Samples in a batch, at most."""
+_ROWS, _TOKENS = 32, 16384
+"""Samples in a batch, at most, and tokens of all of them."""
 
 
 @dataclass
@@ -85,7 +85,8 @@ class Joint:
         total = 0.0
         for batch in self.batches:
             found = self._answer(batch, Keep(tuple(ratios)))
-            total += float(answer_divergence(batch.dense, found).double().sum())
+            dense = batch.dense.to(found.device)
+            total += float(answer_divergence(dense, found).double().sum())
             if total > bound * self.samples:
                 return float("inf")
         return total / self.samples
@@ -98,7 +99,8 @@ class Joint:
         cos, sin = (torch.cat([one.sample.positions[i] for one in group], dim=-3) for i in range(2))
         hidden = torch.cat([one.sample.hidden for one in group])
         batch = _Batch(hidden, (cos, sin), visual, asked, torch.empty(0, first.answer))
-        batch.dense = self._answer(batch, Keep((1.0,) * len(self.layers)))
+        # On the CPU: a word of the answer is a row as long as the vocabulary.
+        batch.dense = self._answer(batch, Keep((1.0,) * len(self.layers))).cpu()
         return batch
 
     @torch.no_grad()
@@ -134,8 +136,9 @@ def _alike(samples: Sequence[Answered]) -> Iterator[list[Answered]]:
         key = one.sample.visual.numpy().tobytes(), one.answer
         groups.setdefault(key, []).append(one)
     for group in groups.values():
-        for start in range(0, len(group), _ROWS):
-            yield group[start : start + _ROWS]
+        rows = min(_ROWS, max(1, _TOKENS // group[0].sample.visual.shape[1]))
+        for start in range(0, len(group), rows):
+            yield group[start : start + rows]
 
 
 def find_schedules(
