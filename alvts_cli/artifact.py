@@ -375,6 +375,8 @@ def _check_metadata(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
         resolve_keep(metadata["default_keep"], layers)
         means = [0.0]
         for schedule in metadata["schedules"]:
+            if not isinstance(schedule, list):
+                raise AlvtsError("a schedule is not a list")
             ratios = resolve_keep(schedule, layers).values
             means.append(sum(ratios) / layers)
             if not all(isinstance(ratio, float) for ratio in ratios) or means[-1] <= means[-2]:
@@ -417,10 +419,14 @@ def _record(record: dict[str, Any], path: Path) -> CalibrationRecord:
         known = {f.name: record[f.name] for f in fields(CalibrationRecord)}
         ratios = tuple(map(float, known.pop("ratios")))
         losses = tuple(tuple(map(float, layer)) for layer in known.pop("losses"))
+        if any(len(layer) != len(ratios) for layer in losses):
+            raise ValueError("one loss for each ratio")
         fits = [
             LayerFit(**{f.name: float(fit[f.name]) for f in fields(LayerFit)})
             for fit in known.pop("layers")
         ]
+        if len(losses) not in (0, len(fits)):
+            raise ValueError("losses of every layer, or of none")
         return CalibrationRecord(**known, layers=tuple(fits), ratios=ratios, losses=losses)
     except (KeyError, TypeError, ValueError):
         raise AlvtsError(f"the metadata of {path} has no valid 'calibration'") from None

@@ -1,5 +1,6 @@
 """The dense model's own answers, and what of them is left when layers keep less."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,8 +9,12 @@ from torch import Tensor
 
 from alvts_cli.engine import select
 from alvts_cli.engine.merging import gather_hidden, gather_positions, merge
+from alvts_cli.errors import AlvtsError
 
 from .capture import Captured, capture, run_layer
+
+BATCH_TOKENS = 16384
+"""Tokens that go through a layer at once, at most, unless one sample has more."""
 
 
 @dataclass
@@ -41,7 +46,17 @@ def answered(model: Any, inputs: Any, new_tokens: int) -> Answered:
     if pad is None:
         pad = end[0] if isinstance(end, list) else end or 0
     output = model.generate(
-        **inputs, do_sample=False, num_beams=1, max_new_tokens=new_tokens, pad_token_id=pad
+        **inputs,
+        max_new_tokens=new_tokens,
+        pad_token_id=pad,
+        num_beams=1,
+        do_sample=False,
+        # What checkpoints bring along for sampling, and what would not be the model's own choice.
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        repetition_penalty=1.0,
+        return_dict_in_generate=False,
     )
     answer = output.shape[1] - prompt
     whole = dict(inputs)
@@ -58,7 +73,8 @@ def run_restricted(
     implementation: str,
     hidden: Tensor,
     positions: tuple[Tensor, Tensor],
-    visual: Tensor,
+    text: Tensor,
+    texts: int,
     scores: Tensor,
     kept: int,
 ) -> Tensor:
@@ -69,13 +85,13 @@ def run_restricted(
         implementation: of its attention.
         hidden: `[B, T, D]`, not written to.
         positions: `(cos, sin)`, on the device of `hidden`.
-        visual: bool `[B, T]`, the same number in every row.
+        text: bool `[B, T]`, what is not visual.
+        texts: how many these are, in every row.
         scores: `[B, T]`, -inf where not visual.
         kept: at most as many as there are.
     """
-    texts = int((~visual[0]).sum())
     counts = torch.full((len(hidden),), kept, device=hidden.device)
-    rows, _ = select(scores, counts, ~visual, kept + texts)
+    rows, _ = select(scores, counts, text, kept + texts)
     out = run_layer(
         layer, implementation, gather_hidden(hidden, rows), gather_positions(positions, rows)
     )
@@ -93,3 +109,17 @@ def answer_divergence(dense: Tensor, found: Tensor) -> Tensor:
         `[B]`.
     """
     return (dense.exp() * (dense - found)).sum(dim=-1).mean(dim=-1).clamp(min=0)
+
+
+def check_finite(loss: float, dtype: torch.dtype) -> float:
+    """`loss` itself.
+
+    Raises:
+        AlvtsError: it is not a number: some layer's output overflowed in `dtype`.
+    """
+    if math.isnan(loss):
+        raise AlvtsError(
+            f"what a restricted model answers overflows in {dtype}; use --dtype bfloat16 or "
+            "float32, or --no-budget"
+        )
+    return loss

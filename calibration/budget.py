@@ -49,7 +49,13 @@ import torch
 from alvts_cli.engine import Keep, LayerSelector, importance
 from alvts_cli.families import family_of
 
-from .answers import Answered, answer_divergence, run_restricted
+from .answers import (
+    BATCH_TOKENS,
+    Answered,
+    answer_divergence,
+    check_finite,
+    run_restricted,
+)
 from .capture import on_device, run_layer
 
 UNITS = 64
@@ -84,6 +90,9 @@ def measure(
     Returns:
         One loss for each of `RATIOS`: KL of the answer's tokens to the dense model's, in nats,
         mean over tokens, then over samples.
+
+    Raises:
+        AlvtsError: a loss that is not a number.
     """
     family = family_of(model)
     layers: Any = family.layers(model)
@@ -96,21 +105,28 @@ def measure(
     for one in samples:
         hidden, positions = on_device(layer, one.sample)
         visual = one.sample.visual.to(hidden.device)
-        asked = ~visual
+        text = ~visual
+        count = int(one.sample.visual.sum())
+        asked = text.clone()
         asked[:, asked.shape[1] - one.answer + 1 :] = False
         scores = importance(hidden, selector, visual, asked, causal)
         outcomes = [run_layer(layer, implementation, hidden, positions)]
         for ratio in RATIOS:
-            kept = Keep((ratio,)).count(0, int(visual.sum()))
+            kept = Keep((ratio,)).count(0, count)
+            texts = visual.shape[1] - count
             outcomes.append(
-                run_restricted(layer, implementation, hidden, positions, visual, scores, kept)
+                run_restricted(layer, implementation, hidden, positions, text, texts, scores, kept)
             )
-        # All outcomes go through the other layers as one batch.
-        states = torch.cat(outcomes)
-        for later in layers[index + 1 :]:
-            states = run_layer(later, implementation, states, one.sample.positions)
-        found = family.logits(model, states[:, -one.answer :]).float().log_softmax(dim=-1)
-        total += answer_divergence(found[:1], found[1:]).double().cpu()
+        # Several outcomes go through the other layers together.
+        answers = []
+        for states in torch.cat(outcomes).split(max(1, BATCH_TOKENS // visual.shape[1])):
+            for later in layers[index + 1 :]:
+                states = run_layer(later, implementation, states, one.sample.positions)
+            answers.append(family.logits(model, states[:, -one.answer :]))
+        found = torch.cat(answers).float().log_softmax(dim=-1)
+        # A Mac's GPU has no float64.
+        total += answer_divergence(found[:1], found[1:]).cpu().double()
+    check_finite(float(total.sum()), model.dtype)
     return tuple((total / len(samples)).tolist())
 
 
@@ -119,7 +135,8 @@ def solve(losses: Sequence[Sequence[float]], average: int) -> tuple[int, ...]:
 
     Exact dynamic programming over `STEPS`, taking the loss of several layers for the sum of theirs
     alone. A loss that is smaller than one measured at more tokens is an accident of the samples,
-    and raised to it. What `STEPS` cannot spend goes to the first layers.
+    and raised to it. What is left, because `STEPS` cannot spend it or it lowers nothing, goes to
+    the first layers.
 
     Args:
         losses: `[layer][ratio]`, as `measure` gives them.

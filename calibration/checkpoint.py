@@ -1,5 +1,7 @@
 """Finished layers on disk, so that an interrupted run loses at most the layer it was in.
 
+The search for schedules, after the last layer, begins anew.
+
 A folder beside the output holds `run.json`, the settings and data that the layers were made with,
 and one safetensors file a layer. Hidden states are not saved: running the finished layers again
 takes a small part of the time that fitting them took, and would fill gigabytes on disk.

@@ -23,28 +23,42 @@ from torch import Tensor
 from alvts_cli.engine import Keep, LayerSelector, importance, spend
 from alvts_cli.families import family_of
 
-from .answers import Answered, answer_divergence, run_restricted
+from .answers import (
+    BATCH_TOKENS,
+    Answered,
+    answer_divergence,
+    check_finite,
+    run_restricted,
+)
 from .budget import AVERAGES, UNITS, solve
 from .capture import run_layer
 
 TRIALS = 40
-"""Moves tried for each of `AVERAGES`."""
+"""Moves tried for each of `AVERAGES`; what more of them brought stands above."""
 
 _MOVES = (1, 2, 4, 8, 16, UNITS)
 """Units that change place at once, if there are so many."""
 
-_ROWS, _TOKENS = 32, 16384
-"""Samples in a batch, at most, and tokens of all of them."""
+_ROWS = 32
+"""Samples in a batch, at most."""
 
 
 @dataclass
 class _Batch:
-    """Samples of one shape, in front of layer 0, and what the dense model says to them."""
+    """Samples of one shape, in front of layer 0, and what the dense model says to them.
+
+    Attributes:
+        hidden: on the CPU; the masks and positions are where layer 0 is.
+        asked: bool `[B, T]`, the text rows that score: the answer is none of them.
+        count: visual tokens of each sample.
+        dense: log-probabilities `[B, A, V]`, on the CPU.
+    """
 
     hidden: Tensor
     positions: tuple[Tensor, Tensor]
     visual: Tensor
     asked: Tensor
+    count: int
     dense: Tensor
 
 
@@ -81,24 +95,34 @@ class Joint:
         self.batches = [self._batch(group) for group in _alike(samples)]
 
     def loss(self, ratios: Sequence[float], bound: float = float("inf")) -> float:
-        """Of one ratio per layer; infinite as soon as it is sure to be above `bound`."""
+        """Of one ratio per layer; infinite as soon as it is sure to be above `bound`.
+
+        Raises:
+            AlvtsError: it is not a number.
+        """
         total = 0.0
         for batch in self.batches:
             found = self._answer(batch, Keep(tuple(ratios)))
             dense = batch.dense.to(found.device)
-            total += float(answer_divergence(dense, found).double().sum())
+            # A Mac's GPU has no float64.
+            total += float(answer_divergence(dense, found).cpu().double().sum())
             if total > bound * self.samples:
                 return float("inf")
-        return total / self.samples
+        return check_finite(total / self.samples, self.model.dtype)
 
     def _batch(self, group: Sequence[Answered]) -> _Batch:
         first = group[0]
-        visual = torch.cat([one.sample.visual for one in group])
+        device = self.selectors[0].key.device
+        visual = torch.cat([one.sample.visual for one in group]).to(device)
         asked = ~visual
         asked[:, asked.shape[1] - first.answer + 1 :] = False
-        cos, sin = (torch.cat([one.sample.positions[i] for one in group], dim=-3) for i in range(2))
+        cos, sin = (
+            torch.cat([one.sample.positions[i] for one in group], dim=-3).to(device)
+            for i in range(2)
+        )
         hidden = torch.cat([one.sample.hidden for one in group])
-        batch = _Batch(hidden, (cos, sin), visual, asked, torch.empty(0, first.answer))
+        count = int(first.sample.visual.sum())
+        batch = _Batch(hidden, (cos, sin), visual, asked, count, torch.empty(0, first.answer))
         # On the CPU: a word of the answer is a row as long as the vocabulary.
         batch.dense = self._answer(batch, Keep((1.0,) * len(self.layers))).cpu()
         return batch
@@ -107,7 +131,7 @@ class Joint:
     def _answer(self, batch: _Batch, keep: Keep) -> Tensor:
         """Log-probabilities `[B, A, V]`, float32."""
         hidden = batch.hidden
-        count = int(batch.visual[0].sum())
+        count = batch.count
         for i, layer in enumerate(self.layers):
             kept = keep.count(i, count)
             device = layer.input_layernorm.weight.device
@@ -123,7 +147,14 @@ class Joint:
             else:
                 scores = torch.zeros(visual.shape, device=device)
             hidden = run_restricted(
-                layer, self.implementation, hidden, positions, visual, scores, kept
+                layer,
+                self.implementation,
+                hidden,
+                positions,
+                ~visual,
+                visual.shape[1] - count,
+                scores,
+                kept,
             )
         answer = batch.dense.shape[1]
         return self.family.logits(self.model, hidden[:, -answer:]).float().log_softmax(dim=-1)
@@ -136,7 +167,7 @@ def _alike(samples: Sequence[Answered]) -> Iterator[list[Answered]]:
         key = one.sample.visual.numpy().tobytes(), one.answer
         groups.setdefault(key, []).append(one)
     for group in groups.values():
-        rows = min(_ROWS, max(1, _TOKENS // group[0].sample.visual.shape[1]))
+        rows = min(_ROWS, max(1, BATCH_TOKENS // group[0].sample.visual.shape[1]))
         for start in range(0, len(group), rows):
             yield group[start : start + rows]
 
@@ -149,8 +180,8 @@ def find_schedules(
 ) -> tuple[tuple[float, ...], ...]:
     """For each of `AVERAGES` a schedule: one ratio per layer, sorted by their means.
 
-    The search starts from what the table says, or from the schedule found for the average below,
-    each layer grown in step, whichever loses less.
+    The search starts from what the table says, from the same number in every layer, or from the
+    schedule found for the average below, each layer grown in step, whichever loses least.
 
     Args:
         joint: gives the loss.
@@ -161,7 +192,7 @@ def find_schedules(
     found: list[tuple[float, ...]] = []
     trials = len(AVERAGES) * TRIALS
     for i, average in enumerate(AVERAGES):
-        starts = [solve(losses, average)]
+        starts = [solve(losses, average), (average,) * len(losses)]
         if found:
             starts.append(spend(found[-1:], average, UNITS))
 

@@ -32,7 +32,9 @@ def budget_table(artifact: Artifact) -> Table:
     for schedule in artifact.schedules:
         average = sum(schedule) / len(schedule)
         table.add_column(f"kept\n{average:.0%}", justify="right", no_wrap=True)
-    for i, losses in enumerate(record.losses):
+    for i in range(len(artifact.layers)):
+        # A schedule may come from elsewhere than from losses.
+        losses = [f"{loss:.3f}" for loss in record.losses[i]] if record.losses else []
         kept = [f"{schedule[i]:.0%}" for schedule in artifact.schedules]
-        table.add_row(str(i), *(f"{loss:.3f}" for loss in losses), *kept)
+        table.add_row(str(i), *losses, *kept)
     return table

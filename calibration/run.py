@@ -71,7 +71,8 @@ def calibrate(
     Args:
         model: of a known family, loaded whole and in eval mode.
         processor: of the model.
-        samples: read one at a time; images are not held on to.
+        samples: read one at a time; images are not held on to. Budgets are measured on the first
+            of them, so they are to come in no particular order.
         settings: None for the defaults.
         data: what the samples are, in words; by default what a `Reader` says.
         model_id: hub id, name or folder, for the artifact; by default the model's own.
@@ -113,7 +114,8 @@ def calibrate(
                 "dtype": str(model.dtype),
                 "data": data,
                 "samples": digest,
-                "settings": asdict(settings),
+                # Layers are fitted alike with a budget and without.
+                "settings": {k: v for k, v in asdict(settings).items() if k != "budget"},
                 "versions": versions,
             }
         )
@@ -129,6 +131,8 @@ def calibrate(
         checkpoint,
         lambda i, fit: watch.layer(i, len(layers), fit),
     )
+    counts = len(fitted), len(held_out)
+    del captured, fitted, held_out  # Their last hidden states are of no use, and large.
     selectors = tuple(result.selector for result in results)
     losses = tuple(result.losses for result in results) if answers else ()
     schedules: tuple[tuple[float, ...], ...] = ()
@@ -146,8 +150,8 @@ def calibrate(
         fingerprint=values,
         calibration=CalibrationRecord(
             data=data,
-            fitted=len(fitted),
-            held_out=len(held_out),
+            fitted=counts[0],
+            held_out=counts[1],
             sample_ids=digest,
             settings=asdict(settings),
             versions=versions,
@@ -171,7 +175,9 @@ def _capture_all(
     text_config: Any = family_of(model).text_model(model).config
     captured: list[Captured] = []
     answers: list[Answered] = []
-    longest = text_config.max_position_embeddings - settings.answer_tokens
+    longest = text_config.max_position_embeddings
+    if settings.budget:
+        longest -= settings.answer_tokens
     ids: list[str] = []
     broken: list[str] = []
     for sample in samples:

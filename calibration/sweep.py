@@ -1,7 +1,8 @@
 """Layer after layer: reference, initialisation, fit, measurement, and on to the next.
 
-Only one layer's hidden states exist at a time, those of all samples, on the CPU. They are those of
-the dense model: every layer is fitted on what it sees when nothing before it selects.
+Only one layer's hidden states are alive at a time, those of all samples, on the CPU (beside layer
+0's, which `refine` starts from). They are those of the dense model: every layer is fitted on what
+it sees when nothing before it selects.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,9 +69,11 @@ def sweep(
                 rank,
                 seed=settings.seed * len(layers) + i,
             )
-            if answers:
-                losses = measure(model, i, result.selector, answers, settings.causal)
-                result = replace(result, losses=losses)
+            if checkpoint and not answers:
+                checkpoint.save(i, result)
+        if answers and not result.losses:
+            losses = measure(model, i, result.selector, answers, settings.causal)
+            result = replace(result, losses=losses)
             if checkpoint:
                 checkpoint.save(i, result)
         results.append(result)

@@ -208,6 +208,29 @@ def test_other_safetensors(tmp_path: Path) -> None:
     assert "the metadata" in refusal(path)
 
 
+@pytest.mark.parametrize(
+    ("schedules", "words"),
+    [
+        ([0.25], "not a list"),
+        (["0.25,0.25"], "not a list"),
+        ([[0.5]], "layers"),
+        ([[1.5, 1.5]], "keep"),
+    ],
+)
+def test_damaged_schedules(saved: Path, schedules: Any, words: str) -> None:
+    tensors, metadata = parts(saved)
+    rewrite(saved, tensors, {**metadata, "schedules": schedules})
+    assert words in refusal(saved)
+
+
+def test_losses_fit_ratios_and_layers(saved: Path) -> None:
+    tensors, metadata = parts(saved)
+    for losses in ([[0.5]] * 7, [[]] * len(load_artifact(saved).layers)):
+        record = {**metadata["calibration"], "ratios": [0.25], "losses": losses}
+        rewrite(saved, tensors, {**metadata, "calibration": record})
+        assert "no valid 'calibration'" in refusal(saved)
+
+
 def test_another_format(saved: Path) -> None:
     tensors, _ = parts(saved)
     rewrite(saved, tensors, {"format": 3, "unheard": "of"})

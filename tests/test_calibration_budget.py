@@ -8,7 +8,7 @@ import torch
 from calibration_tools import LAYERS, fast, make_processor, make_small, scenes
 from tiny import FAMILIES, make_inputs, make_model, make_selectors, one_image
 
-from alvts_cli import attach
+from alvts_cli import AlvtsError, attach
 from alvts_cli.artifact import load_artifact, save_artifact
 from alvts_cli.engine import Keep, spend
 from alvts_cli.families import family_of
@@ -94,6 +94,19 @@ def test_a_loss_sure_to_be_above_the_bound_is_not_finished() -> None:
     loss = joint.loss(ratios)
     assert joint.loss(ratios, loss * 1.01) == loss
     assert joint.loss(ratios, loss * 0.99) == float("inf")
+
+
+@torch.no_grad()
+def test_a_loss_that_is_not_a_number_is_one_line() -> None:
+    model, selectors = make_model("llava"), make_selectors(causal=True)
+    samples = answers_of(model, "llava", (0,))
+    joint = Joint(model, selectors.layers, samples, causal=True)
+    joint.batches[0].dense[:] = float("nan")
+    with pytest.raises(AlvtsError, match=r"overflows in torch.float32; use --dtype"):
+        joint.loss((0.25,) * len(selectors.layers))
+    model.lm_head.weight.fill_(float("nan"))
+    with pytest.raises(AlvtsError, match="overflows"):
+        measure(model, 0, selectors.layers[0], samples, causal=True)
 
 
 def test_a_budget_goes_where_the_loss_is() -> None:

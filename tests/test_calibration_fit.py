@@ -223,6 +223,24 @@ def test_a_resumed_run_gives_the_uninterrupted_file(last: int, tmp_path: Path) -
     assert not folder.exists()
 
 
+def test_a_run_goes_on_without_its_budget_and_with_it_again(tmp_path: Path) -> None:
+    model = make_small()
+    fit(model, tmp_path / "plain")
+    fit(model, tmp_path / "budget", budget=True)
+
+    def crash(index: int, count: int, fit: object) -> None:
+        if index == 1:
+            raise Crash
+
+    for before, after in ((True, False), (False, True)):
+        out = tmp_path / f"{after}"
+        with pytest.raises(Crash):
+            fit(model, out, watch=Watch(layer=crash), budget=before)
+        fit(model, out, resume=True, budget=after)
+        whole = tmp_path / ("budget" if after else "plain")
+        assert out.read_bytes() == whole.read_bytes()
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     def crash(*_: object) -> None:
         raise Crash

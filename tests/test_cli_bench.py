@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
 from cli_tools import alvts, model_folder, refused, scene_file
 
 from alvts_cli import shapes
+from alvts_cli.artifact import load_artifact, save_artifact
 from alvts_cli.bench.metrics import METRICS
 from alvts_cli.bench.short import shortened
 from alvts_cli.bench.statistics import efficiency
@@ -65,6 +67,7 @@ def test_the_table_and_the_file_have_everything(tmp_path):
         "text_tokens": 64,
         "new_tokens": 16,
         "keep": 0.25,
+        "kept_per_layer": [64] * 16,
         "selectors": str(model_folder() / "selectors.safetensors"),
         "rank": 16,
     }
@@ -143,6 +146,23 @@ def test_where_nothing_is_to_be_gained_there_is_no_efficiency(tmp_path):
     report = json.loads(path.read_text())
     assert report["metrics"]["efficiency"] is None
     assert report["intervals"]["efficiency"] == [None, None]
+
+
+def test_a_schedule_is_timed_and_given_to_peers_that_take_it(tmp_path):
+    selectors = load_artifact(model_folder() / "selectors.safetensors")
+    halves = (0.5, 0.0) * 8
+    save_artifact(replace(selectors, schedules=(halves,)), tmp_path / "s.safetensors")
+    path = tmp_path / "a.json"
+    more = ("--selectors", tmp_path / "s.safetensors", "--keep", 32, "--json", path)
+    result = alvts(*bench("--against", "alvts-uniform,random-budgeted,oracle", *more))
+    assert result.exit_code == 0, result.output
+    report = json.loads(path.read_text())
+    assert report["settings"]["kept_per_layer"] == [64, 0] * 8
+    assert [peer["visual_tokens_kept"] for peer in report["against"].values()] == [32, 32, 32]
+    # The average is the same, the way of spending it is not.
+    assert alvts(*bench("--keep", 32, "--json", tmp_path / "b.json")).exit_code == 0
+    refusal = alvts(*bench(*more[:4], "--baseline", tmp_path / "b.json"))
+    assert refusal.exit_code == 1 and "kept_per_layer" in refusal.stderr
 
 
 def test_peers_run_at_the_same_layer_average(tmp_path):

@@ -24,6 +24,7 @@ SAME = (
     "text_tokens",
     "new_tokens",
     "keep",
+    "kept_per_layer",
     "rank",
 )
 """Settings that must be equal for a comparison to mean anything."""

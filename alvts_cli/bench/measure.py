@@ -116,7 +116,7 @@ def measure(
         "short": _Entrant(short),
     }
     for name in against:
-        method = make_method(name)
+        method = make_method(name, subject.selectors)
         racing[name] = _Entrant(partial(method.attached, model, max(1, average), samples))
 
     for i in range(runs + 1):

@@ -177,6 +177,8 @@ def _subject(
         "text_tokens": prompt.text_tokens,
         "new_tokens": NEW_TOKENS,
         "keep": resolved.values[0] if alike else list(resolved.values),
+        # The same average spent otherwise over the layers is another measurement.
+        "kept_per_layer": [resolved.count(i, visual) for i in range(depth)],
         "selectors": origin,
         "rank": rank_of(selectors),
     }

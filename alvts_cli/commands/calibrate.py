@@ -35,8 +35,9 @@ def calibrate(
     budget: Annotated[
         bool,
         typer.Option(
-            help="Also find how a layer average is best spent over the layers; without it every "
-            "layer keeps the same."
+            help="Also find how a layer average is best spent over the layers, on the first 128 "
+            "samples; without it every layer keeps the same. It takes most of the time: leave it "
+            "out for a large model on a CPU."
         ),
     ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same file.")] = 0,

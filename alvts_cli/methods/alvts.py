@@ -39,7 +39,7 @@ class Alvts(Method):
 
 
 class AlvtsUniform(Alvts):
-    """The same selectors, the same number of tokens in every layer: the paper's method."""
+    """The same selectors, the same number of tokens in every layer, as in the paper."""
 
     name = "alvts-uniform"
 
