@@ -122,3 +122,13 @@ def _render(processor: Any, parts: list[dict[str, str]]) -> str:
     before, image, after = _CHATML if chatml else _LLAVA
     image = image.format(token=processor.image_token)
     return before + "".join(part.get("text", image) for part in parts) + after
+
+
+def padding_token(model: Any) -> int:
+    """What `generate` is to fill finished answers with: the padding token of the model's generation
+    config, or else its first end token, or 0."""
+    config = model.generation_config
+    if config.pad_token_id is not None:
+        return int(config.pad_token_id)
+    end = config.eos_token_id
+    return int(end[0] if isinstance(end, list) else end or 0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from alvts_cli.engine import select
 from alvts_cli.engine.merging import gather_hidden, gather_positions, merge
 from alvts_cli.errors import AlvtsError
+from alvts_cli.prompts import padding_token
 
 from .capture import Captured, capture, run_layer
 
@@ -29,6 +30,14 @@ class Answered:
     sample: Captured
     answer: int
 
+    @property
+    def asked(self) -> Tensor:
+        """bool `[1, T]`: the text of the prompt. The answer's tokens neither score nor are scored,
+        as in decoding."""
+        asked = ~self.sample.visual
+        asked[:, asked.shape[1] - self.answer + 1 :] = False
+        return asked
+
 
 @torch.no_grad()
 def answered(model: Any, inputs: Any, new_tokens: int) -> Answered:
@@ -40,15 +49,10 @@ def answered(model: Any, inputs: Any, new_tokens: int) -> Answered:
         new_tokens: the longest answer.
     """
     prompt = inputs["input_ids"].shape[1]
-    config = model.generation_config
-    end = config.eos_token_id
-    pad = config.pad_token_id
-    if pad is None:
-        pad = end[0] if isinstance(end, list) else end or 0
     output = model.generate(
         **inputs,
         max_new_tokens=new_tokens,
-        pad_token_id=pad,
+        pad_token_id=padding_token(model),
         num_beams=1,
         do_sample=False,
         # What checkpoints bring along for sampling, and what would not be the model's own choice.
@@ -115,9 +119,9 @@ def check_finite(loss: float, dtype: torch.dtype) -> float:
     """`loss` itself.
 
     Raises:
-        AlvtsError: it is not a number: some layer's output overflowed in `dtype`.
+        AlvtsError: it is not finite: some layer's output overflowed in `dtype`.
     """
-    if math.isnan(loss):
+    if not math.isfinite(loss):
         raise AlvtsError(
             f"what a restricted model answers overflows in {dtype}; use --dtype bfloat16 or "
             "float32, or --no-budget"

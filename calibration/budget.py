@@ -92,7 +92,7 @@ def measure(
         mean over tokens, then over samples.
 
     Raises:
-        AlvtsError: a loss that is not a number.
+        AlvtsError: a loss that is not finite.
     """
     family = family_of(model)
     layers: Any = family.layers(model)
@@ -107,9 +107,7 @@ def measure(
         visual = one.sample.visual.to(hidden.device)
         text = ~visual
         count = int(one.sample.visual.sum())
-        asked = text.clone()
-        asked[:, asked.shape[1] - one.answer + 1 :] = False
-        scores = importance(hidden, selector, visual, asked, causal)
+        scores = importance(hidden, selector, visual, one.asked.to(hidden.device), causal)
         outcomes = [run_layer(layer, implementation, hidden, positions)]
         for ratio in RATIOS:
             kept = Keep((ratio,)).count(0, count)

@@ -98,7 +98,7 @@ class Joint:
         """Of one ratio per layer; infinite as soon as it is sure to be above `bound`.
 
         Raises:
-            AlvtsError: it is not a number.
+            AlvtsError: it is not finite.
         """
         total = 0.0
         for batch in self.batches:
@@ -114,8 +114,7 @@ class Joint:
         first = group[0]
         device = self.selectors[0].key.device
         visual = torch.cat([one.sample.visual for one in group]).to(device)
-        asked = ~visual
-        asked[:, asked.shape[1] - first.answer + 1 :] = False
+        asked = torch.cat([one.asked for one in group]).to(device)
         cos, sin = (
             torch.cat([one.sample.positions[i] for one in group], dim=-3).to(device)
             for i in range(2)

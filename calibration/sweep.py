@@ -18,7 +18,7 @@ from alvts_cli.engine.probe import attention_importance, project
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import QueryKey, family_of
 
-from .align import Objective, Target, align, divergence
+from .align import Target, align, divergence
 from .answers import Answered
 from .budget import measure
 from .capture import Captured, advance, on_device
@@ -125,7 +125,6 @@ def _measure(
     selector: LayerSelector,
     targets: Sequence[Target],
     settings: Settings,
-    objective: Objective = divergence,
 ) -> tuple[float, float]:
     """Mean loss and mean recall of the `k` best tokens, over samples."""
     device = selector.key.device
@@ -135,7 +134,7 @@ def _measure(
         reference = target.reference.to(device)
         hidden = target.hidden.to(device)
         found = importance(hidden, selector, visual, ~visual, settings.causal)
-        losses.append(objective(found.masked_fill(~visual, 0), reference, visual).mean())
+        losses.append(divergence(found.masked_fill(~visual, 0), reference, visual).mean())
         recalls.append(_recall(found[visual], reference[visual], settings.keep))
     loss = torch.stack(losses).mean().item()
     return loss, torch.stack(recalls).mean().item()

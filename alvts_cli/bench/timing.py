@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..engine import Attachment, kv_bytes
 from ..families import family_of
+from ..prompts import padding_token
 
 PHASES = ("score", "select", "layer", "merge")
 """Of an `Attachment`, in their order."""
@@ -63,11 +64,6 @@ def generate(
     watch = _Watch(model)
     arrivals = _Arrivals(on_tokens)
     limit = {"min_new_tokens": max_new_tokens} if ignore_end else {}
-    config = model.generation_config
-    pad = config.pad_token_id
-    if pad is None:
-        end = config.eos_token_id
-        pad = end[0] if isinstance(end, list) else end or 0
     with watch.watching(attachment), torch.inference_mode():
         synchronize(model.device)
         start = time.perf_counter()
@@ -76,7 +72,7 @@ def generate(
             do_sample=False,
             num_beams=1,
             max_new_tokens=max_new_tokens,
-            pad_token_id=pad,
+            pad_token_id=padding_token(model),
             streamer=arrivals,
             **limit,
         )

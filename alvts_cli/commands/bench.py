@@ -7,7 +7,7 @@ import typer
 
 from ..bench.metrics import METRICS, Gate, parse_gate, parse_share
 from ..errors import AlvtsError
-from ..methods import check_method
+from ..methods import METHODS, check_method
 from .options import (
     DeviceOption,
     DTypeOption,
@@ -22,6 +22,13 @@ TEXT_TOKENS = 64
 EPILOG = "Metrics for --gate: " + "; ".join(
     f"{name} ({metric.about})" for name, metric in METRICS.items()
 )
+
+_NO_PEERS = {
+    "dense": "dense runs anyway",
+    "alvts": "alvts runs anyway",
+    "downsample": "downsample changes the picture, and the prompt with it",
+}
+"""Methods that --against does not take, and why."""
 
 
 def bench(
@@ -57,7 +64,8 @@ def bench(
         str | None,
         typer.Option(
             help="Time the prefill of these methods too, at the same layer average: "
-            "fastv,pyramiddrop,dart,vtw,random,random-static,oracle."
+            + ",".join(name for name in METHODS if name not in _NO_PEERS)
+            + "."
         ),
     ] = None,
     profile: Annotated[
@@ -176,12 +184,9 @@ def _peers(against: str | None) -> list[str]:
             check_method(name)
     except AlvtsError as error:
         raise typer.BadParameter(str(error), param_hint="--against") from None
-    if {"alvts", "dense"} & set(names):
-        raise typer.BadParameter("alvts and dense run anyway", param_hint="--against")
-    if "downsample" in names:
-        raise typer.BadParameter(
-            "downsample changes the picture, and the prompt with it", param_hint="--against"
-        )
+    for name in names:
+        if name in _NO_PEERS:
+            raise typer.BadParameter(_NO_PEERS[name], param_hint="--against")
     if len(set(names)) < len(names):
         raise typer.BadParameter("every method once", param_hint="--against")
     return names

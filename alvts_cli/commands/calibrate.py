@@ -50,7 +50,8 @@ def calibrate(
     # each other come to a standstill on cores that others use too: 100 times slower was seen.
     # Threads that sleep at once take 1.4 times as long on idle cores; so long a spin, 1.1 times,
     # and twice as long as sleepers on busy ones.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn

@@ -70,10 +70,10 @@ def default_rank(hidden_size: int) -> int:
     """`R` where nobody asks for another: a quarter of the paper's (256 for a width of 4096, 128 for
     2048), and no less than 16. Scoring costs in proportion to it.
 
-    With the KL as its objective, a quarter of the rank has more recall than the
-    squared error has with all of it, from the same start (held out, 200 steps): .650 at rank 4
-    against .619 at 16 on pocket, .397 at 9 against .368 at 36 on six layers of SmolLM2-135M. More
-    rank may still help there (KL at 36: .478), and not on pocket (.673 at 64).
+    With the KL as its objective, a quarter of the rank has more recall than the squared error has
+    with all of it (held out, 200 steps, from the same start): .650 at rank 4 against .623 at 16 on
+    pocket (covariance start), .397 at 9 against .368 at 36 on six layers of SmolLM2-135M (SVD
+    start). More rank may still help there (KL at 36: .478); on pocket it adds little (64: .673).
     """
     return max(16, hidden_size // 64)
 

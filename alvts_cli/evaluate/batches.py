@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..prompts import padding_token
+
 # One number per token of the prompt; everything else is about pictures.
 _TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids")
 
@@ -34,8 +36,7 @@ def collate(samples: Sequence[Any], pad_id: int) -> dict[str, Tensor]:
 
 
 def end_token(model: Any, tokenizer: Any) -> int:
-    """What to fill with: the padding token, or else an end token."""
+    """What to fill with: the tokenizer's padding token, or else the model's."""
     if tokenizer.pad_token_id is not None:
         return int(tokenizer.pad_token_id)
-    end = model.generation_config.eos_token_id
-    return int(end[0] if isinstance(end, list) else end or 0)
+    return padding_token(model)
