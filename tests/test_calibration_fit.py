@@ -19,6 +19,7 @@ from alvts_cli.families import QueryKey, family_of
 from alvts_cli.prompts import build_inputs
 from calibration import Checkpoint, Sample, Settings, Watch, calibrate
 from calibration.align import Target, align, divergence
+from calibration.budget import measure
 from calibration.capture import advance, capture
 from calibration.initialise import initialise
 
@@ -207,18 +208,21 @@ def test_a_resumed_run_gives_the_uninterrupted_file(last: int, tmp_path: Path) -
     assert not (tmp_path / "resumed").exists()
     with pytest.raises(AlvtsError, match="--resume, or delete"):
         fit(model, tmp_path / "resumed")
-    # Nothing that is finished is fitted again.
-    fitted_again = []
-    real = align
+    # Nothing that is finished is done again.
+    done_again: list[str] = []
 
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        fitted_again.append(True)
-        return real(*args, **kwargs)
+    def counting(real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            done_again.append(real.__name__)
+            return real(*args, **kwargs)
+
+        return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("calibration.sweep.align", counting)
+        for real in (align, measure):
+            patch.setattr(f"calibration.sweep.{real.__name__}", counting(real))
         fit(model, tmp_path / "resumed", resume=True, budget=True)
-    assert len(fitted_again) == LAYERS - 1 - last
+    assert done_again == ["align", "measure"] * (LAYERS - 1 - last)
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
     assert not folder.exists()
 

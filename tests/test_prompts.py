@@ -11,7 +11,7 @@ from PIL import Image
 from alvts_cli import AlvtsError
 from alvts_cli.pocket.build import make_processor
 from alvts_cli.pocket.words import IMAGE, make_prompt
-from alvts_cli.prompts import build_inputs, read_image
+from alvts_cli.prompts import build_inputs, padding_token, read_image
 
 PICTURE = Image.new("RGB", (40, 30), "red")
 
@@ -139,3 +139,12 @@ def test_pictures_that_cannot_be_read(tmp_path: Path) -> None:
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     with pytest.raises(AlvtsError, match=r"has more than 89 million pixels"):
         read_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize(
+    ("pad", "end", "expected"),
+    [(7, 2, 7), (0, 2, 0), (None, 2, 2), (None, [3, 4], 3), (None, None, 0)],
+)
+def test_finished_answers_are_filled_with(pad: Any, end: Any, expected: int) -> None:
+    model = SimpleNamespace(generation_config=SimpleNamespace(pad_token_id=pad, eos_token_id=end))
+    assert padding_token(model) == expected
