@@ -146,7 +146,7 @@ def test_a_timed_generation_is_the_plain_one_and_leaves_no_trace(subject):
     assert 0 < made.vision_ms < made.ttft_ms < made.total_ms
     assert 0 < made.prefill_ms < made.ttft_ms
     assert made.total_ms == pytest.approx(made.ttft_ms + 4 * made.decode_ms)
-    assert made.phase_ms == {"score": 0, "select": 0, "layer": 0, "merge": 0}
+    assert made.phase_ms == {}
 
 
 def test_the_phases_of_a_selection_are_timed_within_prefill(subject):

@@ -26,6 +26,8 @@ SAME = (
     "keep",
     "kept_per_layer",
     "rank",
+    "compiled",
+    "frozen_weights",
 )
 """Settings that must be equal for a comparison to mean anything."""
 

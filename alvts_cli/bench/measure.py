@@ -1,15 +1,17 @@
 """Dense and selective generations in turn, with what they are held against, and their figures."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from math import nan
 from statistics import mean, median
 from typing import Any
 
 from ..engine import Attachment, Prefill, attach, prefill_flops
 from ..families import family_of
 from ..methods import make_method
+from .compiled import compiled, compiler_errors
 from .memory import peak_memory
 from .short import shortened
 from .statistics import efficiency, ratio
@@ -60,10 +62,12 @@ class _Entrant:
     """One of those that take turns.
 
     Attributes:
-        setting: what the model runs in.
+        model: what runs.
+        setting: what it runs in.
         new_tokens: of every generation; 1 where prefill is all that is asked for.
     """
 
+    model: Any
     setting: Callable[[], AbstractContextManager[Attachment | None]]
     new_tokens: int = 1
     runs: list[Generated] = field(default_factory=list)
@@ -72,9 +76,10 @@ class _Entrant:
 
     def run(self, subject: Subject) -> None:
         """Once more."""
-        model = subject.model
-        with peak_memory(model.device) as peak, self.setting() as attachment:
-            made = generate(model, subject.inputs, self.new_tokens, attachment, ignore_end=True)
+        with peak_memory(self.model.device) as peak, self.setting() as attachment:
+            # While phases are timed nothing runs compiled.
+            watched = None if subject.compile else attachment
+            made = generate(self.model, subject.inputs, self.new_tokens, watched, ignore_end=True)
             if attachment is not None:
                 self.kept = attachment.last
         self.runs.append(made)
@@ -97,32 +102,17 @@ def measure(
     Args:
         subject: what to time.
         runs: at least 1.
-        against: names of methods to time at the same layer average.
+        against: names of methods to time at the same layer average; none for what is compiled.
         on_run: called after every generation, `entrants(against) * (runs + 1)` times.
+
+    Raises:
+        AlvtsError: `torch.compile` failed.
     """
-    model, prompt = subject.model, subject.prompt
-    depth = len(subject.keep.values)
-    average = round(mean(subject.keep.count(i, prompt.visual_tokens) for i in range(depth)))
-    samples = [str(sample) for sample in range(subject.settings["batch"])]
-
-    @contextmanager
-    def short() -> Iterator[None]:
-        with shortened(model, prompt.text_tokens + average):
-            yield
-
-    racing = {
-        "dense": _Entrant(nullcontext, NEW_TOKENS),
-        "selective": _Entrant(lambda: attach(model, subject.selectors, subject.keep), NEW_TOKENS),
-        "short": _Entrant(short),
-    }
-    for name in against:
-        method = make_method(name, subject.selectors)
-        racing[name] = _Entrant(partial(method.attached, model, max(1, average), samples))
-
-    for i in range(runs + 1):
-        for name in _order(list(racing), i):
-            racing[name].run(subject)
-            on_run()
+    with _racing(subject, against) as racing, compiler_errors():
+        for i in range(runs + 1):
+            for name in _order(list(racing), i):
+                racing[name].run(subject)
+                on_run()
     for entrant in racing.values():
         del entrant.runs[0]
 
@@ -139,6 +129,39 @@ def measure(
         {**timed, **_counted(subject, selective.kept)},
         intervals,
     )
+
+
+@contextmanager
+def _racing(subject: Subject, against: Sequence[str]) -> Iterator[dict[str, _Entrant]]:
+    """All that take turns, by name."""
+    model, prompt, keep = subject.model, subject.prompt, subject.keep
+    depth = len(keep.values)
+    average = round(mean(keep.count(i, prompt.visual_tokens) for i in range(depth)))
+
+    with ExitStack() as stack:
+        # What is compiled stays so from round to round.
+        dense, short = (
+            (stack.enter_context(compiled(model)) if subject.compile else model) for _ in range(2)
+        )
+        if subject.compile:
+            attachment = stack.enter_context(attach(model, subject.selectors, keep, compile=True))
+
+        def selecting() -> AbstractContextManager[Attachment]:
+            if subject.compile:
+                return nullcontext(attachment)
+            return attach(model, subject.selectors, keep)
+
+        racing = {
+            "dense": _Entrant(dense, nullcontext, NEW_TOKENS),
+            "selective": _Entrant(model, selecting, NEW_TOKENS),
+            "short": _Entrant(short, partial(shortened, short, prompt.text_tokens + average)),
+        }
+        samples = [str(sample) for sample in range(subject.settings["batch"])]
+        for name in against:
+            method = make_method(name, subject.selectors)
+            setting = partial(method.attached, model, max(1, average), samples)
+            racing[name] = _Entrant(model, setting)
+        yield racing
 
 
 def entrants(against: Sequence[str]) -> int:
@@ -199,8 +222,10 @@ def _timed(
         "kv_bytes_dense": dense[-1].kv_bytes,
         "kv_ratio": dense[-1].kv_bytes / selective[-1].kv_bytes,
         "vision_ms": median(_values(dense + selective, "vision_ms")),
-        "scoring_ms": median(run.phase_ms["score"] for run in selective),
-        "scoring_share": median(run.phase_ms["score"] / run.prefill_ms for run in selective),
+        "scoring_ms": median(run.phase_ms.get("score", nan) for run in selective),
+        "scoring_share": median(
+            run.phase_ms.get("score", nan) / run.prefill_ms for run in selective
+        ),
     }
     prefill = [_values(runs, "prefill_ms") for runs in (dense, selective, short)]
     estimates = {

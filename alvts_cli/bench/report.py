@@ -17,7 +17,7 @@ from rich.table import Table
 from .. import __version__
 from .measure import Measurement
 from .statistics import spread
-from .timing import PHASES, Generated
+from .timing import Generated
 
 FORMAT = 1
 """Of the JSON object; raised when a name in it changes its meaning."""
@@ -62,7 +62,7 @@ def to_json(
 
     def times(runs: tuple[Generated, ...]) -> dict[str, Any]:
         columns = {name: [getattr(run, name) for run in runs] for name in _TIMES}
-        for phase in PHASES:
+        for phase in runs[0].phase_ms:
             columns[f"{phase}_ms"] = [run.phase_ms[phase] for run in runs]
         return {name: summary(column) for name, column in columns.items()}
 
@@ -128,8 +128,10 @@ def to_table(
         )
         if name == "prefill_ms":
             for phase, phase_label in _PHASES.items():
-                spent = [run.phase_ms[phase] for run in measurement.selective]
-                table.add_row(phase_label, "", _time(spent), "")
+                # What runs compiled has no phases.
+                if phase in measurement.selective[0].phase_ms:
+                    spent = [run.phase_ms[phase] for run in measurement.selective]
+                    table.add_row(phase_label, "", _time(spent), "")
             table.add_row(
                 "  the limit: selection for free",
                 "",
@@ -227,6 +229,8 @@ def _title(settings: Mapping[str, Any]) -> str:
     parts = [str(settings["model"])]
     if settings["random_weights"]:
         parts.append("random weights")
+    if settings["compiled"]:
+        parts.append("compiled, weights frozen" if settings["frozen_weights"] else "compiled")
     if settings["cut"]:
         parts.append(f"cut to {settings['layers']} layers of width {settings['hidden_size']}")
     parts += [

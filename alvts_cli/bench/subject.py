@@ -15,6 +15,7 @@ from ..memory import memory_need, require_memory
 from ..models import cpu_computes_bfloat16, find_selectors, load_model, parse_device, parse_dtype
 from ..prompts import build_inputs, read_image
 from ..shapes import random_model, shape_config
+from .compiled import weights_frozen
 from .inputs import synthetic_inputs, usual_visual_tokens
 from .selectors import random_selectors
 
@@ -45,6 +46,7 @@ class Subject:
         prompt: its size.
         selectors: of this model.
         keep: what each layer keeps.
+        compile: run every prefill through `torch.compile`.
         settings: plain values that say what this is, for the report.
     """
 
@@ -53,6 +55,7 @@ class Subject:
     prompt: Prompt
     selectors: Selectors
     keep: Keep
+    compile: bool
     settings: dict[str, Any]
 
 
@@ -67,6 +70,7 @@ class Wanted:
         batch: equal prompts at once.
         visual_tokens, text_tokens: of a made-up prompt, as in `synthetic_inputs`.
         device, dtype: as in `load_model`.
+        compile: run every prefill through `torch.compile`.
     """
 
     name: str
@@ -77,6 +81,7 @@ class Wanted:
     text_tokens: int
     device: str
     dtype: str | None
+    compile: bool
 
 
 def random_subject(
@@ -181,5 +186,7 @@ def _subject(
         "kept_per_layer": [resolved.count(i, visual) for i in range(depth)],
         "selectors": origin,
         "rank": rank_of(selectors),
+        "compiled": wanted.compile,
+        "frozen_weights": wanted.compile and weights_frozen(),
     }
-    return Subject(model, inputs, prompt, selectors, resolved, settings)
+    return Subject(model, inputs, prompt, selectors, resolved, wanted.compile, settings)

@@ -29,7 +29,7 @@ class Generated:
         ttft_ms: from the call to the first token on the host.
         decode_ms: mean time of a token after the first; 0 if there was none.
         total_ms: from the call to the last token.
-        phase_ms: per phase of an `Attachment`, summed over layers.
+        phase_ms: per phase of the `Attachment`, summed over layers; empty without one.
         kv_bytes: cache after prefill.
     """
 
@@ -86,7 +86,7 @@ def generate(
         ttft_ms=1000 * (arrivals.times[0] - start),
         decode_ms=1000 * (last - arrivals.times[0]) / len(after_first) if after_first else 0.0,
         total_ms=1000 * (last - start),
-        phase_ms={name: watch.total(name) for name in PHASES},
+        phase_ms={name: watch.total(name) for name in PHASES} if attachment else {},
         kv_bytes=watch.kv_bytes,
     )
 

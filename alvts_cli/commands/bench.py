@@ -71,6 +71,9 @@ def bench(
     profile: Annotated[
         bool, typer.Option("--profile", help="Say where the selective prefill's time goes.")
     ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Run every prefill through torch.compile.")
+    ] = False,
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
     json_file: Annotated[
@@ -102,6 +105,9 @@ def bench(
     check_keep(keep)
     peers = _peers(against)
     _check_together(image, prompt, visual_tokens, text_tokens, random_weights)
+    for option, given in (("--profile", profile), ("--against", against)):
+        if compile and given:
+            raise typer.BadParameter("not with --compile", param_hint=option)
     for option, value in (("--layers", layers), ("--hidden-size", hidden_size)):
         if value is not None and not random_weights:
             raise typer.BadParameter("only with --random-weights", param_hint=option)
@@ -130,6 +136,7 @@ def bench(
         text_tokens=text_tokens or TEXT_TOKENS,
         device=device,
         dtype=dtype,
+        compile=compile,
     )
     if random_weights:
         subject = random_subject(wanted, layers, hidden_size, say=words.print)
@@ -138,7 +145,8 @@ def bench(
     if before is not None:
         check_comparable(before, subject.settings)
 
-    with Progress(console=words, transient=True) as progress:
+    # Not a terminal: nothing, rather than the empty line that a bar leaves there.
+    with Progress(console=words, transient=True, disable=not words.is_terminal) as progress:
         task = progress.add_task("measuring", total=entrants(peers) * (runs + 1))
         result = measure(subject, runs, peers, on_run=lambda: progress.advance(task))
     surroundings = environment(subject.model)

@@ -18,27 +18,28 @@ import types
 import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
-from .plan import Plan
+State = TypeVar("State")
 
 
 def compile_prefill(
     decoder: nn.Module,
-    plan_to_compile: Callable[[], Plan | None],
-    set_plan: Callable[[Plan], None],
+    state_to_compile: Callable[[], State | None],
+    set_state: Callable[[State], None],
     options: Mapping[str, Any],
 ) -> Callable[[], None]:
     """Let `decoder.forward` run compiled where it can, until the returned function is called.
 
     Args:
         decoder: the text model.
-        plan_to_compile: gives the plan of the running forward, or None to run it as ever.
-        set_plan: called in the graph with that plan, before the first layer.
+        state_to_compile: gives what the hooks of the running forward share, such as its `Plan`, or
+            None to run it as ever.
+        set_state: called in the graph with that, before the first layer.
         options: keyword arguments of `torch.compile`.
 
     Returns:
@@ -47,9 +48,9 @@ def compile_prefill(
     own = vars(decoder).get("forward")
     plain = decoder.forward
 
-    def run(plan: Plan, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run(state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # An int that the graph finds on a module is a constant of it; one of an argument may vary.
-        set_plan(plan)
+        set_state(state)
         return plain(*args, **kwargs)
 
     # Compiled code is kept with the code object, at most so many versions of it: a new object, lest
@@ -62,11 +63,11 @@ def compile_prefill(
     @wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
-        plan = plan_to_compile()
-        if plan is None or (cache is not None and cache.get_seq_length() > 0):
+        state = state_to_compile()
+        if state is None or (cache is not None and cache.get_seq_length() > 0):
             return plain(*args, **kwargs)
         try:
-            return compiled(plan, args, kwargs)
+            return compiled(state, args, kwargs)
         except FailOnRecompileLimitHit:
             warnings.warn(
                 "alvts runs a prefill uncompiled, because torch holds as many compiled versions "

@@ -1,0 +1,50 @@
+"""Dense prefills through `torch.compile`, as `attach(..., compile=True)` runs the selecting one."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch._dynamo.exc import TorchDynamoException
+
+from ..engine.compiling import compile_prefill
+from ..errors import AlvtsError
+from ..families import family_of
+
+
+def weights_frozen() -> bool:
+    """Whether torch takes the weights of what it compiles for constants
+    (`TORCHINDUCTOR_FREEZING=1`): on a CPU it then packs them once, and not at every product."""
+    return bool(torch._inductor.config.freezing)
+
+
+@contextmanager
+def compiled(model: Any) -> Iterator[Any]:
+    """A copy of `model` on the same weights, whose dense prefill runs compiled.
+
+    Modules of its own, because selecting hooks on the modules of `model` would become part of the
+    graph. Only prefill is compiled, as with `attach`.
+    """
+    weights = [*model.parameters(), *model.buffers()]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
+    restore = compile_prefill(family_of(twin).text_model(twin), lambda: (), lambda _: None, {})
+    try:
+        yield twin
+    finally:
+        restore()
+
+
+@contextmanager
+def compiler_errors() -> Iterator[None]:
+    """One line of what torch has to say of a compiler that is missing or fails.
+
+    Raises:
+        AlvtsError: for an error of `torch.compile`.
+    """
+    try:
+        yield
+    except TorchDynamoException as error:
+        line = str(error).strip().partition("\n")[0]
+        raise AlvtsError(f"torch.compile failed: {line}; leave out --compile") from None
