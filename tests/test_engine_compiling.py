@@ -112,16 +112,60 @@ def test_a_hook_that_comes_later_keeps_what_it_sees():
     assert [graph.count("index_put_") for graph in graphs] == [3, 2]
 
 
-def test_generation_decodes_uncompiled():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoding_is_one_graph_for_caches_of_all_lengths(family):
+    """Of the first token's lengths, then of any: other prompts and longer answers need no more."""
+    model = make_model(family)
+    prompts = [prompt(model, family, *which) for which in ((12, 0), (12, 1), (14, 2))]
+    generate = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    counter = CompileCounterWithBackend("eager")
+    with attach(model, make_selectors(), [1.0, 4, 0, 4]):
+        expected = [model.generate(**inputs, **generate) for inputs in prompts]
+    with attach(model, make_selectors(), [1.0, 4, 0, 4], compile={"backend": counter}):
+        graphs = []
+        for inputs, tokens in zip(prompts, expected, strict=True):
+            assert torch.equal(model.generate(**inputs, **generate), tokens)
+            graphs.append(counter.frame_count)
+    # Prefill and twice a token; nothing; prefill of all lengths.
+    assert graphs == [3, 3, 4]
+
+
+@pytest.mark.parametrize("more", [dict(num_beams=3), dict(return_dict_in_generate=True)])
+def test_decoding_a_padded_batch(more):
+    model = make_model("llava")
+    size = one_image("llava").images
+    inputs = make_inputs(model, one_image("llava"), Prompt([1, 5, 6], size), Prompt([1, 7, 8, 9]))
+    generate = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, **more)
+    counter = CompileCounterWithBackend("aot_eager")
+    with attach(model, make_selectors(causal=True), 0.25):
+        expected = model.generate(**inputs, **generate)
+    with attach(model, make_selectors(causal=True), 0.25, compile={"backend": counter}):
+        found = model.generate(**inputs, **generate)
+    assert counter.frame_count == 3
+    if "num_beams" in more:
+        assert torch.equal(found, expected)
+        return
+    assert torch.equal(found.sequences, expected.sequences)
+    caches = found.past_key_values.layers, expected.past_key_values.layers
+    for got, wanted in zip(*caches, strict=True):
+        # A product of one row may be computed another way in the graph.
+        torch.testing.assert_close(got.keys, wanted.keys)
+        assert torch.equal(got.valid, wanted.valid)
+        assert (got.seen, got.plain) == (wanted.seen, wanted.plain)
+
+
+def test_a_text_turn_of_several_tokens_runs_uncompiled():
     model = make_model("llava")
     inputs = prompt(model, "llava")
     counter = CompileCounterWithBackend("eager")
-    generate = dict(max_new_tokens=6, do_sample=False)
-    with attach(model, make_selectors(), [1.0, 4, 0, 4]):
-        expected = model.generate(**inputs, **generate)
-    with attach(model, make_selectors(), [1.0, 4, 0, 4], compile={"backend": counter}):
-        assert torch.equal(model.generate(**inputs, **generate), expected)
-        assert torch.equal(model.generate(**inputs, **generate), expected)
+    results = []
+    for compile in (False, {"backend": counter}):
+        with torch.no_grad(), attach(model, make_selectors(), 4, compile=compile):
+            cache = model(**inputs).past_key_values
+            more = torch.tensor([[5, 6, 7]])
+            results.append(model(input_ids=more, past_key_values=cache).logits)
+            results.append(model(input_ids=more).logits)
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
     assert counter.frame_count == 1
 
 

@@ -1,4 +1,4 @@
-"""Dense prefills through `torch.compile`, as `attach(..., compile=True)` runs the selecting one."""
+"""A dense model through `torch.compile`, as `attach(..., compile=True)` runs the selecting one."""
 
 import copy
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 import torch._inductor.config
 from torch._dynamo.exc import TorchDynamoException
 
-from ..engine.compiling import compile_prefill
+from ..engine.compiling import compile_decoder
 from ..errors import AlvtsError
 from ..families import family_of
 
@@ -22,14 +22,14 @@ def weights_frozen() -> bool:
 
 @contextmanager
 def compiled(model: Any) -> Iterator[Any]:
-    """A copy of `model` on the same weights, whose dense prefill runs compiled.
+    """A copy of `model` on the same weights, whose decoder runs compiled.
 
     Modules of its own, because selecting hooks on the modules of `model` would become part of the
-    graph. Only prefill is compiled, as with `attach`.
+    graph.
     """
     weights = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
-    restore = compile_prefill(family_of(twin).text_model(twin), lambda: (), lambda _: None, {})
+    restore = compile_decoder(family_of(twin).text_model(twin), lambda: (), lambda _: None, {})
     try:
         yield twin
     finally:

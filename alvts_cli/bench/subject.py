@@ -46,7 +46,7 @@ class Subject:
         prompt: its size.
         selectors: of this model.
         keep: what each layer keeps.
-        compile: run every prefill through `torch.compile`.
+        compile: run all decoders through `torch.compile`.
         settings: plain values that say what this is, for the report.
     """
 
@@ -70,7 +70,7 @@ class Wanted:
         batch: equal prompts at once.
         visual_tokens, text_tokens: of a made-up prompt, as in `synthetic_inputs`.
         device, dtype: as in `load_model`.
-        compile: run every prefill through `torch.compile`.
+        compile: run all decoders through `torch.compile`.
     """
 
     name: str

@@ -72,7 +72,7 @@ def bench(
         bool, typer.Option("--profile", help="Say where the selective prefill's time goes.")
     ] = False,
     compile: Annotated[
-        bool, typer.Option("--compile", help="Run every prefill through torch.compile.")
+        bool, typer.Option("--compile", help="Run all decoders through torch.compile.")
     ] = False,
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,

@@ -15,7 +15,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from ..errors import AlvtsError
 from ..families import family_of
 from .cache import SelectiveLayer, prepare_cache
-from .compiling import compile_prefill
+from .compiling import compile_decoder
 from .keep import Keep, KeepArgument, Schedules, resolve_keep
 from .masks import build_mask, mask_style
 from .merging import gather_hidden, gather_positions, merge
@@ -148,8 +148,9 @@ def attach(
         selectors: fitted for this model.
         keep: see `resolve_keep`; a layer average is spent as the selectors' schedules say, where
             they have any, and None takes their default.
-        compile: run the selecting prefill of the decoder through `torch.compile`, without graph
-            breaks (see `compiling`); True, or keyword arguments of `torch.compile`.
+        compile: run the decoder's selecting prefill, and single tokens behind it, through
+            `torch.compile`, without graph breaks (see `compiling`); True, or keyword arguments of
+            `torch.compile`.
 
     Raises:
         AlvtsError: unknown architecture, sliding windows, an unknown attention implementation,
@@ -236,7 +237,7 @@ class Attachment:
         self._uncompile: Callable[[], None] | None = None
         if compile is not False:
             options = {} if compile is True else compile
-            self._uncompile = compile_prefill(
+            self._uncompile = compile_decoder(
                 text_model, self._plan_to_compile, self._set_plan, options
             )
         layers: Any = family.layers(model)
@@ -289,9 +290,11 @@ class Attachment:
         self._merged: Tensor | None = None
 
     def _plan_to_compile(self) -> Plan | None:
-        """The plan of the running forward if it selects and nobody watches its phases."""
+        """The running forward's plan if it selects or decodes, and nobody watches its phases."""
         plan = self._plan
-        return plan if plan and plan.keep_counts and self.phase is _no_phase else None
+        if plan is None or self.phase is not _no_phase:
+            return None
+        return plan if plan.keep_counts or plan.tokens == 1 else None
 
     def _set_plan(self, plan: Plan) -> None:
         self._plan = plan

@@ -1,4 +1,4 @@
-"""The decoder's selecting prefill as one compiled graph, hooks and all.
+"""The decoder as compiled graphs, hooks and all: of a selecting prefill, and of a decoded token.
 
 With `k` fixed nothing in a prefill depends on what the selectors choose: `torch.compile` takes the
 whole loop over the layers, with the hooks of the attachment, without a graph break. The numbers of
@@ -6,12 +6,15 @@ text tokens, of visual tokens and, where schedules solve another one for every i
 variables of the graph the first time that they change; it is compiled again where a layer begins
 or ends to select, and on a CPU where scoring takes another number of blocks of rows.
 
-Only a prefill with visual tokens into an empty cache is compiled. Decoding, later turns and
-text-only prompts run as ever: their caches have another length in every layer and at every step.
+A decoded token is compiled twice, for the length that every layer's cache happens to have, and at
+the second token for all lengths.
 
-That the graph is whole and gives the same result is tested on the CPU. **Its speed on a GPU is
-unmeasured, and CUDA graphs (`mode="reduce-overhead"`) are untested**: with them, a KV cache lies in
-the graph's memory until the first decoded token copies it, and the next prefill overwrites it.
+Only a prefill with visual tokens into an empty cache is compiled, and single tokens behind a
+filled one. Later turns of several tokens and text-only prompts run as ever.
+
+That the graphs are whole and give the same result is tested on the CPU. **Their speed on a GPU is
+unmeasured, and CUDA graphs (`mode="reduce-overhead"`) are untested**: every length of the caches
+would be a graph of its own.
 """
 
 import types
@@ -27,7 +30,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 State = TypeVar("State")
 
 
-def compile_prefill(
+def compile_decoder(
     decoder: nn.Module,
     state_to_compile: Callable[[], State | None],
     set_state: Callable[[State], None],
@@ -53,24 +56,32 @@ def compile_prefill(
         set_state(state)
         return plain(*args, **kwargs)
 
-    # Compiled code is kept with the code object, at most so many versions of it: a new object, lest
-    # the versions of former attachments count.
-    fresh = types.FunctionType(
-        run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__
-    )
-    compiled = torch.compile(fresh, fullgraph=True, **options)
+    def compiled() -> Callable[..., Any]:
+        # Compiled code is kept with the code object, at most so many versions of it: a new object,
+        # lest the versions of former attachments count, or those of prefill for decoding.
+        fresh = types.FunctionType(
+            run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__
+        )
+        graph: Callable[..., Any] = torch.compile(fresh, fullgraph=True, **options)
+        return graph
+
+    prefill, decode = compiled(), compiled()
 
     @wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        state, embeds = state_to_compile(), kwargs.get("inputs_embeds")
+        if state is None or embeds is None:
+            return plain(*args, **kwargs)
         cache = kwargs.get("past_key_values")
-        state = state_to_compile()
-        if state is None or (cache is not None and cache.get_seq_length() > 0):
+        filled = cache is not None and cache.get_seq_length() > 0
+        single = embeds.shape[1] == 1
+        if filled != single:
             return plain(*args, **kwargs)
         try:
-            return compiled(state, args, kwargs)
+            return (decode if single else prefill)(state, args, kwargs)
         except FailOnRecompileLimitHit:
             warnings.warn(
-                "alvts runs a prefill uncompiled, because torch holds as many compiled versions "
+                "alvts runs a step uncompiled, because torch holds as many compiled versions "
                 "as it may; raise torch._dynamo.config.recompile_limit to allow more",
                 stacklevel=2,
             )
