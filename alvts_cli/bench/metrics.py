@@ -1,16 +1,13 @@
 """The figures of a benchmark by name, and gates on them.
 
-A gate is `name OP number`, such as `prefill_speedup>=2`. No torch here: gates are read before
-anything heavy is loaded.
+No torch here: gates are read before anything heavy is loaded.
 """
 
 import math
-import operator
-import re
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import AlvtsError
+from ..gates import Gate, read_gate
 
 
 @dataclass(frozen=True)
@@ -59,59 +56,18 @@ METRICS: dict[str, Metric] = {
     "total_ms_dense": Metric("the same, dense", 0, False),
 }
 
-_COMPARE: dict[str, Callable[[float, float], bool]] = {
-    ">=": operator.ge,
-    "<=": operator.le,
-    "==": operator.eq,
-    ">": operator.gt,
-    "<": operator.lt,
-}
-_GATE = re.compile(r"\s*(\w+)\s*(>=|<=|==|>|<)\s*(\S+)\s*")
-
-
-@dataclass(frozen=True)
-class Gate:
-    """A condition on one metric."""
-
-    metric: str
-    sign: str
-    limit: float
-
-    def __str__(self) -> str:
-        return f"{self.metric}{self.sign}{self.limit:.12g}"
-
-    def check(self, figures: Mapping[str, float]) -> tuple[bool, str]:
-        """Whether it holds, and a line that says so."""
-        value = figures[self.metric]
-        if _COMPARE[self.sign](value, self.limit):
-            return True, f"gate passed: {self}, measured {value:.12g}"
-        return False, (
-            f"gate failed: {self}, measured {value:.12g}, off by {abs(value - self.limit):.6g}"
-        )
-
 
 def parse_gate(text: str) -> Gate:
-    """Read `name OP number`.
+    """Read `NAME OP NUMBER`.
 
     Raises:
         AlvtsError: another form, or an unknown metric.
     """
-    match = _GATE.fullmatch(text)
-    if match is None:
-        raise AlvtsError(
-            f"{text!r} is not a gate; write NAME>=NUMBER with >=, <=, ==, > or <, "
-            "such as prefill_speedup>=2"
-        )
-    name, sign, number = match.groups()
-    if name not in METRICS:
-        raise AlvtsError(f"unknown metric {name!r}; known: {', '.join(METRICS)}")
-    try:
-        limit = float(number)
-    except ValueError:
-        limit = math.nan
-    if not math.isfinite(limit):
-        raise AlvtsError(f"{number!r} in the gate {text!r} is not a number")
-    return Gate(name, sign, limit)
+    example = "NAME>=NUMBER with >=, <=, ==, > or <, such as prefill_speedup>=2"
+    gate = read_gate(text, r"\w+", example)
+    if gate.metric not in METRICS:
+        raise AlvtsError(f"unknown metric {gate.metric!r}; known: {', '.join(METRICS)}")
+    return gate
 
 
 def parse_share(text: str) -> float:

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from ..bench.metrics import METRICS, Gate, parse_gate, parse_share
+from ..bench.metrics import METRICS, parse_gate, parse_share
 from ..errors import AlvtsError
+from ..gates import Gate
 from ..methods import METHODS, check_method
 from .options import (
     DeviceOption,

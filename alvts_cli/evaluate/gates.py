@@ -4,12 +4,11 @@ Such as `alvts@64.retention>=97`, with the budget written as in `--keep`. No tor
 read before anything heavy is loaded.
 """
 
-import math
 import re
 from collections.abc import Sequence
 
-from ..bench.metrics import Gate
 from ..errors import AlvtsError
+from ..gates import Gate, read_gate
 from ..methods import check_method
 
 FIGURES = {
@@ -31,7 +30,7 @@ FIGURES = {
     "kv": "KV cache after prefill, in percent of dense",
 }
 
-_GATE = re.compile(r"\s*([\w-]+)@([\d.]+)\.([a-z]\w*)\s*(>=|<=|==|>|<)\s*(\S+)\s*")
+_NAME = r"([\w-]+)@([\d.]+)\.([a-z]\w*)"
 
 
 def parse_gate(text: str, methods: Sequence[str], budgets: Sequence[str]) -> Gate:
@@ -40,13 +39,9 @@ def parse_gate(text: str, methods: Sequence[str], budgets: Sequence[str]) -> Gat
     Raises:
         AlvtsError: another form, or a name that the table will not have.
     """
-    match = _GATE.fullmatch(text)
-    if match is None:
-        raise AlvtsError(
-            f"{text!r} is not a gate; write METHOD@BUDGET.FIGURE>=NUMBER with >=, <=, ==, > or <, "
-            "such as alvts@64.retention>=97"
-        )
-    method, budget, figure, sign, number = match.groups()
+    example = "METHOD@BUDGET.FIGURE>=NUMBER with >=, <=, ==, > or <, such as alvts@64.retention>=97"
+    gate = read_gate(text, _NAME, example)
+    method, budget, figure = re.findall(_NAME, gate.metric)[0]
     check_method(method)
     if method not in methods:
         raise AlvtsError(f"the gate {text!r} is about {method}, which --methods leaves out")
@@ -58,10 +53,4 @@ def parse_gate(text: str, methods: Sequence[str], budgets: Sequence[str]) -> Gat
         raise AlvtsError(f"unknown figure {figure!r}; known: {', '.join(FIGURES)}")
     if figure.startswith("over_alvts") and "alvts" not in methods:
         raise AlvtsError(f"the gate {text!r} needs alvts, which --methods leaves out")
-    try:
-        limit = float(number)
-    except ValueError:
-        limit = math.nan
-    if not math.isfinite(limit):
-        raise AlvtsError(f"{number!r} in the gate {text!r} is not a number")
-    return Gate(f"{method}@{budget}.{figure}", sign, limit)
+    return gate
