@@ -10,10 +10,9 @@ import fsspec
 from PIL import Image
 
 from alvts_cli.errors import AlvtsError
-from alvts_cli.prompts import read_image
+from alvts_cli.prompts import first_turn, read_image
 
 from .data import Candidate, Sample
-from .sources import first_turn
 
 # A stream is shuffled within a window: this many times the samples asked for.
 _WINDOW = 4

@@ -10,7 +10,7 @@ from typing import Any
 from alvts_cli.errors import AlvtsError
 from alvts_cli.pocket.questions import ask
 from alvts_cli.pocket.scenes import SPLITS, make_scene, render, seed_of
-from alvts_cli.prompts import MARKER, read_image
+from alvts_cli.prompts import MARKER, first_turn, read_image
 
 from .data import Candidate, Sample
 
@@ -85,25 +85,6 @@ def llava_sample(record: Any, folder: Path) -> Sample:
         )
     images = [read_image(folder / name) for name in names]
     return Sample(str(record.get("id", names[0])), images, prompt, answer)
-
-
-def first_turn(conversations: Any) -> tuple[str, str | None]:
-    """The first question of `[{"from": "human" or "gpt", "value": ...}, ...]`, and its answer.
-
-    Raises:
-        AlvtsError: there is no question.
-    """
-    turns = conversations if isinstance(conversations, list) else []
-    said = [
-        (turn.get("from"), turn["value"])
-        for turn in turns
-        if isinstance(turn, dict) and isinstance(turn.get("value"), str)
-    ]
-    for i, (speaker, text) in enumerate(said):
-        if speaker == "human":
-            answered = i + 1 < len(said) and said[i + 1][0] == "gpt"
-            return text, said[i + 1][1] if answered else None
-    raise AlvtsError("it has no question")
 
 
 def folder_candidates(folder: Path, seed: int) -> Iterator[Candidate]:

@@ -23,10 +23,8 @@ from typing import Any
 
 from PIL import Image
 
-from calibration.sources import first_turn
-
 from ..errors import AlvtsError
-from ..prompts import MARKER, read_image
+from ..prompts import MARKER, first_turn, read_image
 from .scoring import normalise, suitable
 
 SHORT, LONG = 4, 16
