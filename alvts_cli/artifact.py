@@ -1,9 +1,9 @@
 """The file that calibration writes and every other command reads: one `.safetensors`.
 
-Tensors: `layers.{i}.query` and `layers.{i}.key` `[R, D]`, `layers.{i}.query_bias` `[R]` float32
-where the model has a query bias, all folded (see `engine.scoring`), and `fingerprint`
-`[L, 2, 16]` float32. Query and key are in the dtype the model was calibrated in: `attach` casts to
-the model's dtype anyway, so float32 for a bfloat16 model would only double the file.
+Tensors: `layers.{i}.` with `down`, `up`, `inner`, `outer` and, where the model's keys have one,
+`key_bias` (see `engine.scoring.LayerSelector`), and `fingerprint` `[L, 2, 16]` float32. The large
+ones are in the dtype the model was calibrated in: `attach` casts to the model's dtype anyway, so
+float32 for a bfloat16 model would only double the file.
 
 Metadata: one key, `alvts`, with a JSON object (safetensors writes several keys in random order, and
 the same calibration must give the same bytes). Nothing is ever unpickled.
@@ -23,14 +23,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from .engine.keep import resolve_keep
-from .engine.scoring import LayerSelector
+from .engine.scoring import PLACES, LayerSelector
 from .errors import AlvtsError
 from .families import family_of
 
-FORMAT = 2
+FORMAT = 3
 """Raised when an older alvts would misread the file. A new key it may ignore is no reason.
 
-1 had one schedule in the place of several."""
+1 had one schedule in the place of several; 1 and 2 had the paper's selectors."""
 
 _VALUES = 16
 """Values of each weight in the fingerprint."""
@@ -93,7 +93,6 @@ class Artifact:
 
     Attributes:
         layers: one selector per decoder layer, on the CPU.
-        causal: whether they were fitted with causal rows (see `engine.scoring.importance`).
         default_keep: ratio used when the user names none.
         schedules: ways of spending a layer average over the layers (see `engine.keep`); none where
             every layer is to keep the same.
@@ -105,7 +104,6 @@ class Artifact:
     """
 
     layers: tuple[LayerSelector, ...]
-    causal: bool
     default_keep: float
     schedules: tuple[tuple[float, ...], ...]
     model_id: str
@@ -117,12 +115,12 @@ class Artifact:
     @property
     def rank(self) -> int:
         """`R`."""
-        return self.layers[0].key.shape[0]
+        return self.layers[0].down.shape[0]
 
     @property
     def hidden_size(self) -> int:
         """`D`."""
-        return self.layers[0].key.shape[1]
+        return self.layers[0].down.shape[1]
 
     def check_model(self, model: Any, model_id: str | None = None) -> None:
         """Refuse any other model than the one the selectors were fitted for.
@@ -194,7 +192,6 @@ def save_artifact(artifact: Artifact, path: Path) -> None:
         "num_layers": len(artifact.layers),
         "hidden_size": artifact.hidden_size,
         "rank": artifact.rank,
-        "causal": artifact.causal,
         "default_keep": artifact.default_keep,
         "schedules": artifact.schedules,
         "norm_eps": [selector.eps for selector in artifact.layers],
@@ -233,7 +230,6 @@ def load_artifact(path: Path) -> Artifact:
         )
     return Artifact(
         layers=layers,
-        causal=metadata["causal"],
         default_keep=metadata["default_keep"],
         schedules=tuple(map(tuple, metadata["schedules"])),
         model_id=metadata["model"],
@@ -246,22 +242,24 @@ def load_artifact(path: Path) -> Artifact:
 
 def pack_layer(prefix: str, selector: LayerSelector) -> dict[str, Tensor]:
     """A layer's tensors under their names in the file."""
-    tensors = {f"{prefix}query": selector.query, f"{prefix}key": selector.key}
-    if selector.query_bias is not None:
-        tensors[f"{prefix}query_bias"] = selector.query_bias
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return {
+        f"{prefix}{name}": tensor.detach().cpu().contiguous()
+        for name, tensor in selector.tensors().items()
+    }
 
 
 def unpack_layer(prefix: str, tensors: dict[str, Tensor], eps: float) -> LayerSelector:
     """The inverse of `pack_layer`; takes the tensors out of `tensors`.
 
     Raises:
-        KeyError: the query or the key is not there.
+        KeyError: one of them, other than the bias, is not there.
     """
     return LayerSelector(
-        query=tensors.pop(f"{prefix}query"),
-        key=tensors.pop(f"{prefix}key"),
-        query_bias=tensors.pop(f"{prefix}query_bias", None),
+        down=tensors.pop(f"{prefix}down"),
+        up=tensors.pop(f"{prefix}up"),
+        key_bias=tensors.pop(f"{prefix}key_bias", None),
+        inner=tensors.pop(f"{prefix}inner"),
+        outer=tensors.pop(f"{prefix}outer"),
         eps=eps,
     )
 
@@ -355,7 +353,6 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "num_layers": (int,),
     "hidden_size": (int,),
     "rank": (int,),
-    "causal": (bool,),
     "default_keep": (float, int),
     "schedules": (list,),
     "norm_eps": (list,),
@@ -395,9 +392,18 @@ def _unpack_checked(
     except KeyError as error:
         raise AlvtsError(f"{path} is incomplete: it lacks the tensor {error}") from None
     rank, width = metadata["rank"], metadata["hidden_size"]
+    # Of a damaged file they may have no dimension at all.
+    keys, units = (sum(tensor.shape[:1]) for tensor in (selector.up, selector.inner))
+    shapes = {
+        "down": (rank, width),
+        "up": (keys, rank),
+        "key_bias": (keys,),
+        "inner": (units, rank + PLACES + 1),
+        "outer": (units + PLACES,),
+    }
     named = pack_layer(prefix, selector)
     for name, tensor in named.items():
-        expected = (rank,) if name.endswith("bias") else (rank, width)
+        expected = shapes[name.removeprefix(prefix)]
         if tensor.shape != expected or not tensor.is_floating_point():
             raise AlvtsError(
                 f"{path} is damaged: {name} is {tensor.dtype} {list(tensor.shape)}, "

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alvts_cli.engine import select
+from alvts_cli.engine import LayerSelector, importance, select
 from alvts_cli.engine.merging import gather_hidden, gather_positions, merge
+from alvts_cli.engine.scoring import asking, places, text_rows
+from alvts_cli.engine.selecting import positions_of
 from alvts_cli.errors import AlvtsError
 from alvts_cli.prompts import padding_token
 
@@ -100,6 +102,29 @@ def run_restricted(
         layer, implementation, gather_hidden(hidden, rows), gather_positions(positions, rows)
     )
     return merge(hidden, rows, out, None)
+
+
+def score(
+    layer: Any,
+    selector: LayerSelector,
+    hidden: Tensor,
+    positions: tuple[Tensor, Tensor],
+    visual: Tensor,
+    asked: Tensor,
+) -> Tensor:
+    """Importance `[B, T]` as prefill has it: of the `asked` text, not of the answer behind it.
+
+    Args:
+        layer: of the model.
+        selector: of that layer, on its device and in its dtype.
+        hidden: its input `[B, T, D]`.
+        positions: `(cos, sin)`.
+        visual, asked: bool `[B, T]`, alike in all samples.
+    """
+    rows = asking(visual, asked)
+    index, valid = positions_of(rows, int(rows[0].sum()))
+    text = text_rows(layer, hidden, positions, index, valid)
+    return importance(hidden, selector, text, positions, visual, places(visual))
 
 
 def answer_divergence(dense: Tensor, found: Tensor) -> Tensor:

@@ -1,11 +1,13 @@
-"""Where the fit of a layer starts: truncated SVD of its projections, as in the paper."""
+"""Where the fit of a layer starts: truncated SVD of its key projection, as in the paper."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from alvts_cli.engine import LayerSelector, fold
+from alvts_cli.engine import LayerSelector
+from alvts_cli.engine.scoring import PLACES, UNITS
 from alvts_cli.families import QueryKey
 
 # A full decomposition takes 10 s at a width of 2048 on one core, and eight times that at 4096. The
@@ -16,57 +18,54 @@ _EXACT = 1024
 
 @dataclass
 class Factors:
-    """`W_Q ~ u_q @ v_q` and `W_K ~ u_k @ v_k`, float32: `u` `[H * d_k, R]`, `v` `[R, D]`."""
+    """What is fitted, float32: `W_K ~ up @ down`, with `up` `[G * d_k, R]` and `down` `[R, D]`; and
+    the network for the visual rows, `inner` `[m, R + PLACES + 1]` and `outer` `[m + PLACES]`."""
 
-    u_q: Tensor
-    v_q: Tensor
-    u_k: Tensor
-    v_k: Tensor
+    up: Tensor
+    down: Tensor
+    inner: Tensor
+    outer: Tensor
 
     def tensors(self) -> list[Tensor]:
         """What an optimiser moves."""
-        return [self.u_q, self.v_q, self.u_k, self.v_k]
+        return [self.up, self.down, self.inner, self.outer]
 
     def selector(self, projections: QueryKey) -> LayerSelector:
-        """The folded selector, float32, differentiable in the factors.
-
-        The joint head's logit, a sum over heads of `q k^T / sqrt(d_k)`, is divided by the number
-        of heads: `S*` averages heads, and a sum of them makes a far sharper softmax. Measured as
-        in `align`, recall (share of importance), SVD alone and after the fit: sum over heads .518
-        (.767) and .585 (.836), mean over heads .560 (.802) and .628 (.890). Divided by the root of
-        the number, as if the joint head were one of width `D`, SVD alone is at .550 (.793).
-        """
-        heads = projections.num_heads
-        bias = projections.b_q
-        query, key, query_bias = fold(
-            self.u_q,
-            self.v_q,
-            self.u_k,
-            self.v_k,
-            None if bias is None else bias.detach(),
-            projections.norm_weight.detach(),
-            projections.head_dim,
-        )
+        """With the norm weight folded in; float32, differentiable in the factors."""
+        bias = projections.b_k
         return LayerSelector(
-            query / heads,
-            key,
-            None if query_bias is None else query_bias / heads,
-            projections.norm_eps,
+            down=self.down * projections.norm_weight.detach().float(),
+            up=self.up,
+            key_bias=None if bias is None else bias.detach().float(),
+            inner=self.inner,
+            outer=self.outer,
+            eps=projections.norm_eps,
         )
 
 
 @torch.no_grad()
-def initialise(projections: QueryKey, rank: int) -> Factors:
-    """Truncated SVD of both projections, the singular values split evenly.
+def initialise(projections: QueryKey, hidden: Tensor, rank: int, seed: int) -> Factors:
+    """Truncated SVD of the key projection; a network that knows nothing yet.
 
-    `rank` is at most the smaller side of `W_Q`.
+    Args:
+        projections: of the layer.
+        hidden: inputs of the layer `[N, D]`, in front of its norm, at visual tokens. Each number
+            of the latent is scaled to a variance of 1 over them, which the network is made for.
+        rank: at most the smaller side of `W_K`.
+        seed: of the network.
     """
-    w_q = projections.w_q.float()
-    # One joint head: with grouped queries, the key of every query head.
-    repeats = projections.num_heads // projections.num_kv_heads
-    w_k = projections.w_k.float().unflatten(0, (projections.num_kv_heads, -1))
-    w_k = w_k.repeat_interleave(repeats, dim=0).flatten(0, 1)
-    return Factors(*_factor(w_q, rank), *_factor(w_k, rank))
+    up, down = _factor(projections.w_k.float(), rank)
+    hidden = hidden.to(down.device).float()
+    states = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + projections.norm_eps)
+    spread = (states * projections.norm_weight.float() @ down.T).std(dim=0).clamp(min=1e-6)
+    generator = torch.Generator().manual_seed(seed)
+    bound = 1 / math.sqrt(rank)
+    inner = (2 * torch.rand(UNITS, rank + PLACES + 1, generator=generator) - 1) * bound
+    outer = (2 * torch.rand(UNITS, generator=generator) - 1) / math.sqrt(UNITS)
+    outer = torch.cat([outer, torch.zeros(PLACES)])
+    return Factors(
+        up * spread, down / spread[:, None], inner.to(down.device), outer.to(down.device)
+    )
 
 
 def _factor(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

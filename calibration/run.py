@@ -89,9 +89,9 @@ def calibrate(
     family = family_of(model)
     family.check(model)
     config: Any = family.text_model(model).config
-    rank = settings.rank or default_rank(config.hidden_size)
     layers: Any = family.layers(model)
-    most = min(family.query_key(layers[0], config).w_q.shape)
+    most = min(family.query_key(layers[0], config).w_k.shape)
+    rank = settings.rank or min(default_rank(config.hidden_size), most)
     if rank > most:
         raise AlvtsError(f"rank {rank} is more than this model allows; at most {most}")
     settings = replace(settings, rank=rank)
@@ -137,11 +137,10 @@ def calibrate(
     losses = tuple(result.losses for result in results) if answers else ()
     schedules: tuple[tuple[float, ...], ...] = ()
     if answers:
-        joint = Joint(model, selectors, answers, settings.causal)
+        joint = Joint(model, selectors, answers)
         schedules = find_schedules(joint, losses, settings.seed, watch.trial)
     return Artifact(
         layers=selectors,
-        causal=settings.causal,
         default_keep=settings.keep,
         schedules=schedules,
         model_id=model_id or config_name(model),

@@ -18,7 +18,6 @@ class Settings:
         batch: samples per step.
         learning_rate: its peak (see `align`).
         seed: of the choice and order of samples.
-        causal: rows see only earlier columns in the selector's softmax (see `align`).
         budget: also measure what each layer loses by keeping less, and find schedules.
         loss_samples: samples that a layer's own loss is measured on, the first ones.
         budget_samples: samples that schedules are compared on, the first ones.
@@ -28,11 +27,10 @@ class Settings:
     rank: int | None = None
     keep: float = 1 / 9
     held_out: float = 1 / 8
-    steps: int = 200
+    steps: int = 300
     batch: int = 8
     learning_rate: float = 0.003
     seed: int = 0
-    causal: bool = True
     budget: bool = True
     loss_samples: int = 32
     budget_samples: int = 128

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from alvts_cli.artifact import LayerFit
-from alvts_cli.engine import LayerSelector, importance, resolve_keep
-from alvts_cli.engine.probe import attention_importance, project
+from alvts_cli.engine import LayerSelector, resolve_keep
+from alvts_cli.engine.probe import attention_means, project
+from alvts_cli.engine.scoring import TextRows, asking
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import QueryKey, family_of
 
-from .align import Target, align, divergence
+from .align import Target, align, collate
 from .answers import Answered
 from .budget import measure
 from .capture import Captured, advance, on_device
@@ -72,7 +73,7 @@ def sweep(
             if checkpoint and not answers:
                 checkpoint.save(i, result)
         if answers and not result.losses:
-            losses = measure(model, i, result.selector, answers, settings.causal)
+            losses = measure(model, i, result.selector, answers)
             result = replace(result, losses=losses)
             if checkpoint:
                 checkpoint.save(i, result)
@@ -84,16 +85,36 @@ def sweep(
     return results
 
 
+# Samples whose hidden states the start is scaled to.
+_SEEN = 32
+
+
 def _target(layer: Any, sample: Captured, index: int) -> Target:
     hidden, positions = on_device(layer, sample)
     visual = sample.visual.to(hidden.device)
-    reference = attention_importance(project(layer, hidden, positions), visual, ~visual).cpu()
-    if not bool(reference.isfinite().all()):
+    projected = project(layer, hidden, positions)
+    from_visual, from_text = attention_means(projected, visual, ~visual)
+    if not bool((from_visual * from_text).isfinite().all()):
         raise AlvtsError(
             f"the hidden states of layer {index} overflow in {hidden.dtype}; "
             "use --dtype bfloat16 or float32"
         )
-    return Target(sample.hidden, sample.visual, reference)
+    asked = asking(visual, ~visual)
+    asking_at = asked.nonzero()[:, 1].cpu()
+    rows = TextRows(
+        projected.query[:, :, asking_at.to(visual.device)].cpu(),
+        asking_at[None],
+        torch.ones(1, len(asking_at), dtype=torch.bool),
+        projected.scaling,
+    )
+    return Target(
+        sample.hidden,
+        sample.positions,
+        sample.visual,
+        rows,
+        from_visual.cpu(),
+        from_text.cpu(),
+    )
 
 
 def _fit_layer(
@@ -104,13 +125,14 @@ def _fit_layer(
     rank: int,
     seed: int,
 ) -> LayerResult:
-    start = initialise(projections, rank)
-    before = _measure(_stored(start, projections), held_out, settings)
+    seen = torch.cat([target.hidden[target.visual] for target in fitted[:_SEEN]])
+    start = initialise(projections, seen, rank, seed)
+    before = _measure(_stored(start, projections), held_out, settings.keep)
     end = align(start, projections, fitted, settings, seed)
     selector = _stored(end, projections)
-    after = _measure(selector, held_out, settings)
+    after = _measure(selector, held_out, settings.keep)
     fit = LayerFit(before[0], after[0], before[1], after[1])
-    return LayerResult(selector.to(torch.device("cpu"), selector.key.dtype), fit, losses=())
+    return LayerResult(selector.to(torch.device("cpu"), selector.down.dtype), fit, losses=())
 
 
 @torch.no_grad()
@@ -122,20 +144,17 @@ def _stored(factors: Factors, projections: QueryKey) -> LayerSelector:
 
 @torch.no_grad()
 def _measure(
-    selector: LayerSelector,
-    targets: Sequence[Target],
-    settings: Settings,
+    selector: LayerSelector, targets: Sequence[Target], keep: float
 ) -> tuple[float, float]:
     """Mean loss and mean recall of the `k` best tokens, over samples."""
-    device = selector.key.device
+    device = selector.down.device
     losses, recalls = [], []
-    for target in targets:
-        visual = target.visual.to(device)
-        reference = target.reference.to(device)
-        hidden = target.hidden.to(device)
-        found = importance(hidden, selector, visual, ~visual, settings.causal)
-        losses.append(divergence(found.masked_fill(~visual, 0), reference, visual).mean())
-        recalls.append(_recall(found[visual], reference[visual], settings.keep))
+    for one in targets:
+        target = collate([one], device)
+        found = target.means(selector)
+        visual = target.visual
+        losses.append(target.loss(found).mean())
+        recalls.append(_recall((found[0] * found[1])[visual], target.reference[visual], keep))
     loss = torch.stack(losses).mean().item()
     return loss, torch.stack(recalls).mean().item()
 

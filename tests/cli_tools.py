@@ -63,7 +63,6 @@ def model_folder(seed: int = 0) -> Path:
     save_artifact(
         Artifact(
             layers=layers,
-            causal=True,
             default_keep=0.25,
             schedules=(),
             model_id="tiny",

@@ -3,6 +3,7 @@
 Shares no code with the engine, so that the engine can be held against it.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,22 +32,73 @@ def decoder_inputs(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple
 
 
 def naive_importance(
-    hidden: Tensor, selector: Any, visual: Tensor, text: Tensor, causal: bool
+    layer: Any,
+    hidden: Tensor,
+    selector: Any,
+    positions: tuple[Tensor, Tensor],
+    visual: Tensor,
+    text: Tensor,
 ) -> Tensor:
-    """`[T]` of one sample without padding, from the formulas, with `T x T` stored whole."""
-    x = hidden.float()
-    x = x / (x.pow(2).mean(-1, keepdim=True) + selector.eps).sqrt()
-    query = x @ selector.query.float().T
-    if selector.query_bias is not None:
-        query = query + selector.query_bias.float()
-    logits = query @ (x @ selector.key.float().T).T
-    if causal:
-        logits = logits.masked_fill(torch.ones_like(logits).triu(1).bool(), -torch.inf)
-    attention = logits.softmax(-1)
-    score = attention[visual].mean(0)
-    if text.any():
-        score = score * attention[text].mean(0)
-    return score
+    """`[T]` of one sample without padding, from the formulas, number by number; 0 at text.
+
+    Args:
+        layer: whose queries the text has.
+        hidden: `[T, D]`.
+        positions: the rotary tables, `[T, d]` each.
+        visual, text: bool `[T]`.
+    """
+    tokens, size = len(hidden), positions[0].shape[-1]
+    x = [row.double() for row in hidden]
+    latent = [selector.down.double() @ (row / _length(row, selector.eps)) for row in x]
+    where = [i for i in range(tokens) if visual[i]]
+    from_visual = torch.zeros(tokens, dtype=torch.float64)
+    for order, i in enumerate(where):
+        a = (order + 0.5) / len(where)
+        place = [math.log(1 - a) + 1, (a - 0.5) * 12**0.5, math.log(a) + 1]
+        numbers = [*latent[i].tolist(), *place, 1.0]
+        units = []
+        for row in selector.inner.tolist():
+            u = sum(w * n for w, n in zip(row, numbers, strict=True))
+            units.append(u * (1 + math.erf(u / 2**0.5)) / 2)
+        last = zip(selector.outer.tolist(), [*units, *place], strict=True)
+        from_visual[i] = math.exp(sum(w * n for w, n in last))
+    from_visual /= from_visual.sum().clamp(min=1e-300)
+
+    asking = [i for i in range(tokens) if text[i] and where and i > where[0]]
+    if not asking:
+        return from_visual.float()
+    norm, query = layer.input_layernorm, layer.self_attn.q_proj
+    keys = []
+    for j in range(tokens):
+        key = selector.up.double() @ latent[j]
+        if selector.key_bias is not None:
+            key = key + selector.key_bias.double()
+        keys.append([_turn(head, positions, j) for head in key.split(size)])
+    from_text = torch.zeros(tokens, dtype=torch.float64)
+    for i in asking:
+        normed = norm.weight.double() * x[i] / _length(x[i], norm.variance_epsilon)
+        states = query.weight.double() @ normed
+        if query.bias is not None:
+            states = states + query.bias.double()
+        heads = states.split(size)
+        for h, head in enumerate(heads):
+            own = _turn(head, positions, i)
+            shared = h * len(keys[0]) // len(heads)
+            # The real part of a product with a conjugate is the product of the pairs.
+            logits = [(own * keys[j][shared].conj()).real.sum() / size**0.5 for j in range(i + 1)]
+            from_text[: i + 1] += torch.stack(logits).softmax(0) / len(heads) / len(asking)
+    return (from_visual * from_text).float()
+
+
+def _length(row: Tensor, eps: float) -> Tensor:
+    return (row.square().mean() + eps).sqrt()
+
+
+def _turn(head: Tensor, positions: tuple[Tensor, Tensor], i: int) -> Tensor:
+    """Rotary position `i` on one head `[d]`, as `d / 2` complex numbers."""
+    half = len(head) // 2
+    cos, sin = (table[i, :half].double() for table in positions)
+    return torch.complex(head[:half], head[half:]) * torch.complex(cos, sin)
 
 
 @contextmanager
@@ -106,11 +158,12 @@ def reference_logits(
                 inside = torch.zeros(size, dtype=torch.bool)
                 inside[start:end] = True
                 score = naive_importance(
+                    layer,
                     hidden[0, start:end],
                     selectors.layers[i],
+                    tuple(table[0, start:end] for table in positions),
                     visual[start:end],
                     ~visual[start:end],
-                    selectors.causal,
                 )
                 score = torch.where(visual[start:end], score, -1.0)
                 score = score[visual[start:end]]

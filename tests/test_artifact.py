@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from alvts_cli.artifact import (
     save_artifact,
 )
 from alvts_cli.engine import LayerSelector
+from alvts_cli.engine.scoring import PLACES
 
-RANK = 5
+RANK, KEYS, UNITS = 5, 16, 6
 
 
 def make_artifact(family: str = "qwen2_5_vl", **changes: Any) -> Artifact:
@@ -34,10 +36,16 @@ def make_artifact(family: str = "qwen2_5_vl", **changes: Any) -> Artifact:
 
     fields: dict[str, Any] = dict(
         layers=tuple(
-            LayerSelector(random(RANK, WIDTH), random(RANK, WIDTH), random(RANK), 1e-6)
+            LayerSelector(
+                down=random(RANK, WIDTH),
+                up=random(KEYS, RANK),
+                key_bias=random(KEYS),
+                inner=random(UNITS, RANK + PLACES + 1),
+                outer=random(UNITS + PLACES),
+                eps=1e-6,
+            )
             for _ in range(LAYERS)
         ),
-        causal=True,
         default_keep=0.25,
         schedules=((0.25, 0.0, 0.0, 0.125), (1.0, 0.5, 0.0, 0.25)),
         model_id="org/model",
@@ -95,27 +103,25 @@ def test_what_goes_in_comes_out(dtype: torch.dtype, tmp_path: Path) -> None:
     save_artifact(made, tmp_path / "a.safetensors")
     found = load_artifact(tmp_path / "a.safetensors")
     assert (found.rank, found.hidden_size) == (RANK, WIDTH)
-    for name in ("causal", "default_keep", "schedules", "model_id", "revision", "family"):
+    for name in ("default_keep", "schedules", "model_id", "revision", "family"):
         assert getattr(found, name) == getattr(made, name)
     assert found.calibration == made.calibration
     assert torch.equal(found.fingerprint, made.fingerprint)
     for one, other in zip(found.layers, made.layers, strict=True):
-        assert one.key.dtype == dtype
-        assert torch.equal(one.query, other.query)
-        assert torch.equal(one.key, other.key)
-        assert one.query_bias is not None and other.query_bias is not None
-        assert torch.equal(one.query_bias, other.query_bias)
+        assert one.down.dtype == dtype and one.inner.dtype == torch.float32
+        mine, its = one.tensors(), other.tensors()
+        assert mine.keys() == its.keys() == {"down", "up", "key_bias", "inner", "outer"}
+        for name, tensor in mine.items():
+            assert tensor.dtype == its[name].dtype and torch.equal(tensor, its[name])
         assert one.eps == other.eps
 
 
 def test_without_biases_and_schedules(tmp_path: Path) -> None:
-    layers = tuple(
-        LayerSelector(layer.query, layer.key, None, layer.eps) for layer in make_artifact().layers
-    )
+    layers = tuple(replace(layer, key_bias=None) for layer in make_artifact().layers)
     save_artifact(make_artifact(layers=layers, schedules=()), tmp_path / "a.safetensors")
     found = load_artifact(tmp_path / "a.safetensors")
     assert found.schedules == ()
-    assert all(layer.query_bias is None for layer in found.layers)
+    assert all(layer.key_bias is None for layer in found.layers)
 
 
 def test_the_mean_is_in_the_metadata(saved: Path) -> None:
@@ -131,9 +137,9 @@ def test_the_same_artifact_is_the_same_file(saved: Path, tmp_path: Path) -> None
 
 def test_the_file_can_be_replaced_and_cut_while_loaded(saved: Path) -> None:
     artifact = load_artifact(saved)
-    before = artifact.layers[0].query.clone()
+    before = artifact.layers[0].down.clone()
     os.truncate(saved, 0)
-    assert torch.equal(artifact.layers[0].query, before)
+    assert torch.equal(artifact.layers[0].down, before)
 
 
 def test_attach_takes_it() -> None:
@@ -156,9 +162,7 @@ def test_another_model_is_refused_by_name() -> None:
     with pytest.raises(AlvtsError, match=r"made for org/model.*weights of mine are others"):
         make_artifact().check_model(model, "mine")
     wide = make_artifact(
-        layers=tuple(
-            LayerSelector(torch.ones(2, 64), torch.ones(2, 64), None, 1e-6) for _ in range(LAYERS)
-        )
+        layers=tuple(replace(layer, down=torch.ones(RANK, 64)) for layer in make_artifact().layers)
     )
     with pytest.raises(AlvtsError, match=r"4 layers of width 64.*mine.*4 layers of width 32"):
         wide.check_model(make_model("qwen2_5_vl"), "mine")
@@ -233,10 +237,10 @@ def test_losses_fit_ratios_and_layers(saved: Path) -> None:
 
 def test_another_format(saved: Path) -> None:
     tensors, _ = parts(saved)
-    rewrite(saved, tensors, {"format": 3, "unheard": "of"})
-    assert "has format 3, this alvts reads up to 2; upgrade" in refusal(saved)
-    rewrite(saved, tensors, {"format": 1, "schedule": None})
-    assert "made by an older alvts (format 1, now 2); calibrate again" in refusal(saved)
+    rewrite(saved, tensors, {"format": 4, "unheard": "of"})
+    assert "has format 4, this alvts reads up to 3; upgrade" in refusal(saved)
+    rewrite(saved, tensors, {"format": 2, "causal": True})
+    assert "made by an older alvts (format 2, now 3); calibrate again" in refusal(saved)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +258,6 @@ def test_another_format(saved: Path) -> None:
         ("norm_eps", [1e-6]),
         ("num_layers", 0),
         ("calibration", {"data": "x"}),
-        ("causal", "yes"),
     ],
 )
 def test_metadata_that_makes_no_sense(key: str, value: Any, saved: Path) -> None:
@@ -268,17 +271,28 @@ def test_metadata_that_makes_no_sense(key: str, value: Any, saved: Path) -> None
 
 def test_missing_and_misshapen_tensors(saved: Path) -> None:
     tensors, metadata = parts(saved)
-    rewrite(saved, {k: v for k, v in tensors.items() if k != "layers.2.key"}, metadata)
-    assert "lacks the tensor 'layers.2.key'" in refusal(saved)
+    for name in ("layers.2.down", "layers.0.up", "layers.3.inner", "layers.1.outer"):
+        rewrite(saved, {k: v for k, v in tensors.items() if k != name}, metadata)
+        assert f"lacks the tensor '{name}'" in refusal(saved)
     rewrite(saved, {k: v for k, v in tensors.items() if k != "fingerprint"}, metadata)
     assert "fingerprint" in refusal(saved)
-    rewrite(saved, {**tensors, "layers.1.query": torch.ones(RANK, WIDTH + 1)}, metadata)
-    assert "layers.1.query is torch.float32 [5, 33], not floats [5, 32]" in refusal(saved)
-    rewrite(saved, {**tensors, "layers.1.query": torch.ones(RANK, WIDTH).int()}, metadata)
-    assert "layers.1.query" in refusal(saved)
+    rewrite(saved, {**tensors, "layers.1.down": torch.ones(RANK, WIDTH + 1)}, metadata)
+    assert "layers.1.down is torch.float32 [5, 33], not floats [5, 32]" in refusal(saved)
+    rewrite(saved, {**tensors, "layers.1.down": torch.ones(RANK, WIDTH).int()}, metadata)
+    assert "layers.1.down" in refusal(saved)
+    for name, shape in {
+        "up": (KEYS, RANK + 1),
+        "key_bias": (KEYS + 1,),
+        "inner": (UNITS, RANK + PLACES),
+        "outer": (UNITS,),
+    }.items():
+        rewrite(saved, {**tensors, f"layers.1.{name}": torch.ones(shape)}, metadata)
+        assert f"layers.1.{name} is torch.float32 {list(shape)}, not" in refusal(saved)
 
 
-@pytest.mark.parametrize("name", ["layers.3.query", "layers.0.query_bias", "fingerprint"])
+@pytest.mark.parametrize(
+    "name", ["layers.3.down", "layers.0.key_bias", "layers.1.inner", "fingerprint"]
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite(name: str, value: float, saved: Path) -> None:
     tensors, metadata = parts(saved)
@@ -329,6 +343,6 @@ def test_a_write_that_fails_leaves_the_old_file(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(AlvtsError, match="No space left"):
-        save_artifact(make_artifact(causal=False), saved)
+        save_artifact(make_artifact(default_keep=0.5), saved)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
     assert saved.read_bytes() == before

@@ -55,9 +55,9 @@ def answers_of(model: Any, family: str, seeds: Any) -> list[Answered]:
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_joint_loss_is_what_attaching_loses(family: str) -> None:
-    model, selectors = make_model(family), make_selectors(causal=True)
+    model, selectors = make_model(family), make_selectors(family)
     layers = len(selectors.layers)
-    joint = Joint(model, selectors.layers, answers_of(model, family, (0, 1, 2)), causal=True)
+    joint = Joint(model, selectors.layers, answers_of(model, family, (0, 1, 2)))
     assert joint.loss((1.0,) * layers) == 0
     for ratios in ([0.25] * layers, [1.0, 0.0, *[0.5] * (layers - 2)]):
         expected = by_attaching(model, selectors, ratios, family, (0, 1, 2))
@@ -68,13 +68,13 @@ def test_the_joint_loss_is_what_attaching_loses(family: str) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layers_own_loss_is_the_joint_loss_with_the_others_dense(family: str) -> None:
-    model, selectors = make_model(family), make_selectors(causal=True)
+    model, selectors = make_model(family), make_selectors(family)
     layers = len(selectors.layers)
     samples = answers_of(model, family, (0, 1))
-    joint = Joint(model, selectors.layers, answers_of(model, family, (0, 1)), causal=True)
+    joint = Joint(model, selectors.layers, answers_of(model, family, (0, 1)))
     implementation = family_of(model).text_model(model).config._attn_implementation
     for i, layer in enumerate(family_of(model).layers(model)):
-        found = measure(model, i, selectors.layers[i], samples, causal=True)
+        found = measure(model, i, selectors.layers[i], samples)
         expected = []
         for ratio in RATIOS:
             ratios = [1.0] * layers
@@ -88,8 +88,8 @@ def test_a_layers_own_loss_is_the_joint_loss_with_the_others_dense(family: str) 
 
 @torch.no_grad()
 def test_a_loss_sure_to_be_above_the_bound_is_not_finished() -> None:
-    model, selectors = make_model("llava"), make_selectors(causal=True)
-    joint = Joint(model, selectors.layers, answers_of(model, "llava", (0, 1)), causal=True)
+    model, selectors = make_model("llava"), make_selectors()
+    joint = Joint(model, selectors.layers, answers_of(model, "llava", (0, 1)))
     ratios = (0.25,) * len(selectors.layers)
     loss = joint.loss(ratios)
     assert joint.loss(ratios, loss * 1.01) == loss
@@ -98,15 +98,15 @@ def test_a_loss_sure_to_be_above_the_bound_is_not_finished() -> None:
 
 @torch.no_grad()
 def test_a_loss_that_is_not_a_number_is_one_line() -> None:
-    model, selectors = make_model("llava"), make_selectors(causal=True)
+    model, selectors = make_model("llava"), make_selectors()
     samples = answers_of(model, "llava", (0,))
-    joint = Joint(model, selectors.layers, samples, causal=True)
+    joint = Joint(model, selectors.layers, samples)
     joint.batches[0].dense[:] = float("nan")
     with pytest.raises(AlvtsError, match=r"overflows in torch.float32; use --dtype"):
         joint.loss((0.25,) * len(selectors.layers))
     model.lm_head.weight.fill_(float("nan"))
     with pytest.raises(AlvtsError, match="overflows"):
-        measure(model, 0, selectors.layers[0], samples, causal=True)
+        measure(model, 0, selectors.layers[0], samples)
 
 
 def test_a_budget_goes_where_the_loss_is() -> None:

@@ -115,7 +115,7 @@ def test_a_place_that_cannot_be_written_is_found_before_the_model_is_loaded(
         (("--data", "none.json"), "there is no file none.json"),
         (("--data", "/nowhere/at/all"), "no calibration data"),
         (("--image-folder", "somewhere"), "an image folder goes with"),
-        (("--rank", 4000), "rank 4000 is more than this model allows; at most 32"),
+        (("--rank", 4000), "rank 4000 is more than this model allows; at most 16"),
         (("--device", "cuda:77"), "device"),
     ],
 )

@@ -69,7 +69,7 @@ def test_the_table_and_the_file_have_everything(tmp_path):
         "keep": 0.25,
         "kept_per_layer": [64] * 16,
         "selectors": str(model_folder() / "selectors.safetensors"),
-        "rank": 16,
+        "rank": 24,
         "compiled": False,
         "frozen_weights": False,
     }
@@ -94,7 +94,8 @@ def test_counted_figures_are_exact_and_the_same_again(tmp_path):
     dense = 16 * (2 * 320 * (4 * 192**2 + 3 * 192 * 384) + 4 * 192 * 320 * 321 // 2)
     assert first["flops_dense"] == dense
     layers = 16 * (2 * 128 * (4 * 192**2 + 3 * 192 * 384) + 4 * 192 * 128 * 129 // 2)
-    scoring = 16 * (4 * 320 * 192 * 16 + 2 * 320**2 * 16 + 4 * 320**2)
+    # Keys of rank 24 for all tokens; queries of 32 of the text, their logits, the mean of 3 heads.
+    scoring = 16 * (4 * 320 * 192 * 24 + 2 * 32 * 192**2 + 2 * 32 * 320 * (192 + 3))
     assert first["flops"] == layers + scoring
     assert first["flops_ratio"] == dense / (layers + scoring)
 

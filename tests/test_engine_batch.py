@@ -37,7 +37,7 @@ def test_batch_equals_singles(family, keep, attn):
     samples = prompts(family)
     batch = make_inputs(model, *samples)
     longest = batch["input_ids"].shape[1]
-    with torch.no_grad(), attach(model, make_selectors(causal=True), keep) as attachment:
+    with torch.no_grad(), attach(model, make_selectors(family), keep) as attachment:
         whole = fresh(model)(**batch).logits
         assert not bool(whole.isnan().any())
         together = fresh(model).generate(**batch, max_new_tokens=5, **OPTIONS)
@@ -70,7 +70,7 @@ def test_right_padding_in_a_prefill(family):
     for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
         if name in padded:
             padded[name] = torch.nn.functional.pad(padded[name], (0, 3))
-    with torch.no_grad(), attach(model, make_selectors(causal=True), 0.25):
+    with torch.no_grad(), attach(model, make_selectors(family), 0.25):
         one = fresh(model)(**inputs).logits
         other = fresh(model)(**padded).logits[:, :length]
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -83,7 +83,7 @@ def test_beams_of_a_batch_equal_beams_alone(family):
     options = dict(num_beams=3, max_new_tokens=6, do_sample=False)
     batch = make_inputs(model, *samples)
     longest = batch["input_ids"].shape[1]
-    with attach(model, make_selectors(), 0.25):
+    with attach(model, make_selectors(family), 0.25):
         together = fresh(model).generate(**batch, **options)
         for b, sample in enumerate(samples):
             inputs = make_inputs(model, sample)

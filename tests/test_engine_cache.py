@@ -126,6 +126,9 @@ def test_flops_equal_those_of_the_matrices(model):
     assert dense.total == 2 * 28 * weights + attention
 
     pruned = prefill_flops(config, [16, 16, 12, 28], 8, 28, text_tokens=12)
-    one_layer = 2 * 28 * (2 * 8 * 32) + 2 * 28 * 28 * 8 + 2 * 28 * 28 * 2
+    selector = make_selectors(rank=8).layers[0]
+    keys = 2 * 28 * (selector.down.numel() + selector.up.numel())
+    queries = 2 * 12 * model.model.language_model.layers[0].self_attn.q_proj.weight.numel()
+    one_layer = keys + queries + 2 * 12 * 28 * (config.hidden_size + config.num_attention_heads)
     assert pruned.scoring == 2 * one_layer
     assert pruned.layers < dense.layers

@@ -29,7 +29,7 @@ def prompt(model, family, tokens=12, seed=0):
 def test_one_graph_and_the_same_bits(family):
     """fullgraph=True raises at a graph break. New text lengths compile once more, all together."""
     model = make_model(family)
-    selectors = make_selectors(causal=True)
+    selectors = make_selectors(family)
     prompts = [prompt(model, family, *which) for which in ((12, 0), (12, 1), (14, 2), (17, 3))]
     counter = CompileCounterWithBackend("eager")
     with torch.no_grad():
@@ -56,7 +56,7 @@ SCHEDULES = ((0.5, 0.25, 0.0, 0.25), (1.0, 0.75, 0.25, 0.5))
 def test_counts_that_follow_the_image(backend, keep):
     """Schedules solve another `k` per layer for every number of visual tokens."""
     model = make_model("llava")
-    selectors = make_selectors(causal=True, schedules=SCHEDULES)
+    selectors = make_selectors(schedules=SCHEDULES)
     prompts = [make_inputs(model, Prompt([1, *[5] * 9], [(16, 16)] * n)) for n in (1, 2, 4, 1, 3)]
     resolved = keep_of(selectors, keep)
     assert isinstance(resolved, Solved)
@@ -81,9 +81,9 @@ def test_blocks_of_rows_are_no_reason_to_compile_again():
     prompts = [make_inputs(model, Prompt([1, *[5] * n], [(16, 16)])) for n in (600, 601, 650)]
     counter = CompileCounterWithBackend("eager")
     with torch.no_grad():
-        with attach(model, make_selectors(causal=True), 4):
+        with attach(model, make_selectors(), 4):
             expected = [model(**inputs).logits for inputs in prompts]
-        with attach(model, make_selectors(causal=True), 4, compile={"backend": counter}):
+        with attach(model, make_selectors(), 4, compile={"backend": counter}):
             for inputs, logits in zip(prompts, expected, strict=True):
                 torch.testing.assert_close(model(**inputs).logits, logits)
     assert counter.frame_count == 2
@@ -119,9 +119,9 @@ def test_decoding_is_one_graph_for_caches_of_all_lengths(family):
     prompts = [prompt(model, family, *which) for which in ((12, 0), (12, 1), (14, 2))]
     generate = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
     counter = CompileCounterWithBackend("eager")
-    with attach(model, make_selectors(), [1.0, 4, 0, 4]):
+    with attach(model, make_selectors(family), [1.0, 4, 0, 4]):
         expected = [model.generate(**inputs, **generate) for inputs in prompts]
-    with attach(model, make_selectors(), [1.0, 4, 0, 4], compile={"backend": counter}):
+    with attach(model, make_selectors(family), [1.0, 4, 0, 4], compile={"backend": counter}):
         graphs = []
         for inputs, tokens in zip(prompts, expected, strict=True):
             assert torch.equal(model.generate(**inputs, **generate), tokens)
@@ -137,9 +137,9 @@ def test_decoding_a_padded_batch(more):
     inputs = make_inputs(model, one_image("llava"), Prompt([1, 5, 6], size), Prompt([1, 7, 8, 9]))
     generate = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False, **more)
     counter = CompileCounterWithBackend("aot_eager")
-    with attach(model, make_selectors(causal=True), 0.25):
+    with attach(model, make_selectors(), 0.25):
         expected = model.generate(**inputs, **generate)
-    with attach(model, make_selectors(causal=True), 0.25, compile={"backend": counter}):
+    with attach(model, make_selectors(), 0.25, compile={"backend": counter}):
         found = model.generate(**inputs, **generate)
     assert counter.frame_count == 3
     if "num_beams" in more:
@@ -174,10 +174,10 @@ def test_a_padded_batch_hidden_states_and_eager_attention():
     size = one_image("llava").images
     inputs = make_inputs(model, one_image("llava"), Prompt([1, 5, 6], size), Prompt([1, 7, 8, 9]))
     with torch.no_grad():
-        with attach(model, make_selectors(causal=True), 0.25):
+        with attach(model, make_selectors(), 0.25):
             expected = model(**inputs, output_hidden_states=True)
         # Unlike "eager", this backend takes the graph down to operators without side effects.
-        with attach(model, make_selectors(causal=True), 0.25, compile={"backend": "aot_eager"}):
+        with attach(model, make_selectors(), 0.25, compile={"backend": "aot_eager"}):
             output = model(**inputs, output_hidden_states=True)
     real = inputs["attention_mask"].bool()
     assert len(output.hidden_states) == len(expected.hidden_states)

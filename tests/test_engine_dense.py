@@ -22,7 +22,7 @@ def test_keep_everything_is_dense_bit_for_bit(family, attn):
         with torch.no_grad():
             dense = model(**inputs, use_cache=True)
             generated = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-            with attach(model, make_selectors(), keep=1.0):
+            with attach(model, make_selectors(family), keep=1.0):
                 same = model(**inputs, use_cache=True)
                 again = model.generate(**inputs, max_new_tokens=5, do_sample=False)
         assert torch.equal(dense.logits, same.logits)
@@ -39,7 +39,7 @@ def test_keep_everything_is_dense_with_beams(family):
     for inputs in (make_inputs(model, one_image(family)), batch(model, family)):
         options = dict(max_new_tokens=5, num_beams=3, do_sample=False)
         dense = model.generate(**inputs, **options)
-        with attach(model, make_selectors(), keep=1.0):
+        with attach(model, make_selectors(family), keep=1.0):
             assert torch.equal(model.generate(**inputs, **options), dense)
 
 
@@ -57,7 +57,7 @@ def test_leaving_restores_the_model(family):
     before = hooks(model)
     with torch.no_grad():
         dense = model(**inputs).logits
-        with attach(model, make_selectors(), keep=0.25):
+        with attach(model, make_selectors(family), keep=0.25):
             assert not torch.equal(model(**inputs).logits, dense)
         assert hooks(model) == before
         assert torch.equal(model(**inputs).logits, dense)
@@ -142,6 +142,10 @@ def test_selectors_of_another_model_are_refused():
     with pytest.raises(AlvtsError, match="no selector"):
         attach(model, selectors, keep=0.5)
     attach(model, selectors, keep=[0.5, 1.0, 0.5, 0]).detach()
+    with pytest.raises(
+        AlvtsError, match="keys of 24 but the model has a width of 32 and keys of 16"
+    ):
+        attach(model, make_selectors("llava_next_mistral"), keep=0.5)
 
 
 def test_unknown_architectures_are_named():
@@ -153,11 +157,11 @@ def test_sliding_windows_are_refused():
     model = make_model("llava_next_mistral")
     model.config.text_config.sliding_window = 8
     with pytest.raises(AlvtsError, match="sliding"):
-        attach(model, make_selectors(), keep=0.5)
+        attach(model, make_selectors("llava_next_mistral"), keep=0.5)
     model = make_model("qwen2_5_vl")
     model.config.text_config.layer_types[1] = "sliding_attention"
     with pytest.raises(AlvtsError, match="sliding"):
-        attach(model, make_selectors(), keep=0.5)
+        attach(model, make_selectors("qwen2_5_vl"), keep=0.5)
 
 
 def test_unknown_attention_is_refused():

@@ -102,7 +102,7 @@ def test_the_flash_path_equals_sdpa(family, monkeypatch):
         results = []
         for attn in ("sdpa", name):
             model.model.language_model.config._attn_implementation = attn
-            with torch.no_grad(), attach(model, make_selectors(), [1.0, 0.25, 0, 5]):
+            with torch.no_grad(), attach(model, make_selectors(family), [1.0, 0.25, 0, 5]):
                 results.append(model.generate(**inputs, **options))
         sdpa, flash = results
         assert torch.equal(sdpa.sequences, flash.sequences)

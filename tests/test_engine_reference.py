@@ -16,9 +16,9 @@ def counts(attachment, chunk_tokens):
     return [[kept[0]] * len(chunk_tokens) for kept in attachment.last.kept]
 
 
-def check_generation(model, inputs, keep, causal=False, steps=5):
+def check_generation(model, inputs, keep, family="llava", steps=5):
     """Prefill and every decode step equal recomputing the sequence so far from nothing."""
-    selectors = make_selectors(causal=causal)
+    selectors = make_selectors(family)
     length = inputs["input_ids"].shape[1]
     with torch.no_grad(), attach(model, selectors, keep) as attachment:
         with watch_selection() as chosen:
@@ -53,25 +53,25 @@ def check_generation(model, inputs, keep, causal=False, steps=5):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation_equals_the_reference(family, keep, attn):
     model = make_model(family, attn)
-    check_generation(model, make_inputs(model, one_image(family)), keep)
+    check_generation(model, make_inputs(model, one_image(family)), keep, family)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_two_images_and_causal_scoring(family):
+def test_two_images_with_text_between(family):
     model = make_model(family)
     size = one_image(family).images[0]
     other = {"llava": (16, 16), "qwen2_5_vl": (16, 32)}.get(family, (16, 32))
     prompt = Prompt([1, 5, 9, 12, 33, 47], [size, other])
-    check_generation(model, make_inputs(model, prompt), 0.25, causal=True)
+    check_generation(model, make_inputs(model, prompt), 0.25, family)
 
 
 def test_video_and_image():
     model = make_model("qwen2_5_vl")
     prompt = Prompt([1, 5, 9, 12, 33, 47], [(16, 32)], videos=[(4, 16, 32)])
     inputs = make_inputs(model, prompt)
-    check_generation(model, inputs, 0.4)
+    check_generation(model, inputs, 0.4, "qwen2_5_vl")
     only_video = make_inputs(model, Prompt([1, 5, 9, 12, 33], videos=[(4, 32, 32)]))
-    check_generation(model, only_video, 0.25)
+    check_generation(model, only_video, 0.25, "qwen2_5_vl")
 
 
 def test_an_image_without_any_text_before_or_after():
@@ -104,7 +104,7 @@ def test_positions_are_the_original_ones(family):
         handle = layer.register_forward_pre_hook(look, with_kwargs=True)
         model(**inputs)
         handle.remove()
-        with attach(model, make_selectors(), keep=[1.0, 0, 1.0, 1.0]):
+        with attach(model, make_selectors(family), keep=[1.0, 0, 1.0, 1.0]):
             handle = layer.register_forward_pre_hook(look, with_kwargs=True)
             model(**inputs)
             handle.remove()
@@ -119,7 +119,7 @@ def test_what_one_layer_skips_the_next_may_take(family):
     model = make_model(family)
     inputs = make_inputs(model, one_image(family))
     taken = []
-    with torch.no_grad(), attach(model, make_selectors(), keep=0.25):
+    with torch.no_grad(), attach(model, make_selectors(family), keep=0.25):
         handles = [
             layer.register_forward_pre_hook(
                 lambda m, a, k: taken.append(k["position_embeddings"][0][0]), with_kwargs=True
@@ -137,7 +137,7 @@ def test_what_one_layer_skips_the_next_may_take(family):
 def test_use_cache_or_not_is_the_same(family):
     model = make_model(family)
     inputs = make_inputs(model, one_image(family))
-    with torch.no_grad(), attach(model, make_selectors(), keep=0.25):
+    with torch.no_grad(), attach(model, make_selectors(family), keep=0.25):
         cached = model(**inputs, use_cache=True)
         uncached = model(**inputs, use_cache=False)
         passed = model(**inputs, past_key_values=DynamicCache())
@@ -153,7 +153,7 @@ def test_recorded_hidden_states_are_whole(family, attn):
     inputs = make_inputs(model, one_image(family))
     with torch.no_grad():
         dense = model(**inputs, output_hidden_states=True).hidden_states
-        with attach(model, make_selectors(), keep=0.25):
+        with attach(model, make_selectors(family), keep=0.25):
             out = model(**inputs, output_hidden_states=True)
             plain = model(**inputs)
     assert torch.equal(out.logits, plain.logits)
@@ -169,7 +169,7 @@ def test_recorded_hidden_states_are_whole(family, attn):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_second_image_in_a_later_turn(family, attn):
     model = make_model(family, attn)
-    selectors = make_selectors()
+    selectors = make_selectors(family)
     first = make_inputs(model, one_image(family))
     second = make_inputs(model, Prompt([4, 6, 8, 11], one_image(family).images, seed=5))
     start = first["input_ids"].shape[1]
@@ -202,7 +202,7 @@ PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_second_text_turn(family, attn):
     model = make_model(family, attn)
-    selectors = make_selectors()
+    selectors = make_selectors(family)
     inputs = make_inputs(model, one_image(family))
     start = inputs["input_ids"].shape[1]
     options = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)

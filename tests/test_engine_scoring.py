@@ -1,10 +1,32 @@
+"""Importance against the formula written down plainly, and against the model's own attention."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
 import pytest
 import torch
-from reference import naive_importance
-from tiny import WIDTH, make_selectors
+from reference import decoder_inputs, naive_importance
+from tiny import (
+    FAMILIES,
+    IMAGE,
+    PAD,
+    WIDTH,
+    Prompt,
+    make_inputs,
+    make_model,
+    make_selectors,
+    one_image,
+    random_selector,
+)
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-from alvts_cli.engine import fold, importance, scoring, select
+from alvts_cli.engine import LayerSelector, importance, scoring, select
 from alvts_cli.engine.merging import gather_hidden, gather_positions, merge
+from alvts_cli.engine.probe import attention_means, project
+from alvts_cli.engine.scoring import ROWS, asking, means, places, text_rows
+from alvts_cli.engine.selecting import positions_of
+from alvts_cli.families import family_of
 
 
 def masks(*layouts: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -13,83 +35,252 @@ def masks(*layouts: str) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.tensor([[c == kind for c in row] for row in rows]) for kind in "vt")
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("block", [3, 1024])
-def test_importance_is_the_formula(causal, block, monkeypatch):
-    monkeypatch.setattr(scoring, "ROW_BLOCK", block)
+@dataclass
+class Case:
+    """What a layer is about to score."""
+
+    layer: Any
+    selector: LayerSelector
+    hidden: torch.Tensor
+    positions: tuple[torch.Tensor, torch.Tensor]
+    visual: torch.Tensor
+    text: torch.Tensor
+
+    def rows(self):
+        rows = asking(self.visual, self.text)
+        index, valid = positions_of(rows, int(rows.sum(dim=1).max()))
+        return text_rows(self.layer, self.hidden, self.positions, index, valid)
+
+    def score(self, function=importance):
+        rest = (self.positions, self.visual, places(self.visual), self.visual | self.text)
+        return function(self.hidden, self.selector, self.rows(), *rest)
+
+    def to(self, dtype):
+        selector = self.selector.to(self.hidden.device, dtype)
+        layer, hidden = self.layer.to(dtype), self.hidden.to(dtype)
+        return replace(self, layer=layer, selector=selector, hidden=hidden)
+
+
+def make_case(*layouts, groups=2, bias=False, scale=3):
+    """A layer of 4 query heads, with random weights, inputs and selector."""
     torch.manual_seed(0)
-    selector = make_selectors().layers[0]
-    hidden = torch.randn(2, 10, WIDTH) * 3
-    visual, text = masks("ttvvvvvttt", "...tvvvvtt")
-    got = importance(hidden, selector, visual, text, causal)
+    heads = dict(num_attention_heads=4, num_key_value_heads=groups, attention_bias=bias)
+    config = LlamaConfig(hidden_size=WIDTH, intermediate_size=48, **heads)
+    config._attn_implementation = "sdpa"
+    layer = LlamaDecoderLayer(config, 0).requires_grad_(False)
+    for weight in layer.parameters():
+        weight.copy_(torch.randn_like(weight) * 0.3 + (weight.dim() == 1))
+    selector = random_selector(torch.Generator().manual_seed(1), 8 * groups, bias)
+    visual, text = masks(*layouts)
+    hidden = torch.randn(*visual.shape, WIDTH) * scale
+    positions = LlamaRotaryEmbedding(config)(hidden, torch.arange(visual.shape[1])[None])
+    return Case(layer, selector, hidden, positions, visual, text)
+
+
+def model_case(family, *prompts):
+    """The first layer of a model on a left-padded batch."""
+    model = make_model(family).requires_grad_(False)
+    inputs = make_inputs(model, *prompts)
+    visual = inputs["input_ids"] == IMAGE
+    text = ~visual & (inputs["input_ids"] != PAD)
+    layer = model.model.language_model.layers[0]
+    hidden, positions = decoder_inputs(model, inputs)
+    return Case(layer, make_selectors(family).layers[0], hidden, positions, visual, text)
+
+
+def samples(family):
+    """One image, two with text between them, none, and one without text behind it."""
+    size = one_image(family).images[0]
+    return [
+        Prompt([1, 5, 9, 12], [size], seed=1),
+        Prompt([1, 5, 9, 12, 33, 47, 51], [size, size], seed=2),
+        Prompt([1, 40, 41, 42, 43]),
+        Prompt([1, 6], [size], seed=3),
+    ]
+
+
+LAYOUTS = {
+    "one image": ("ttvvvvvttt",),
+    "padding": ("ttvvvvvttt", "...tvvvvtt"),
+    "text between": ("tvvvttvvtt", ".vvtvtvvvt"),
+    "text sees nothing": ("ttttvvvvvv", "...tvvvvtt"),
+    "without text": ("vvvvvv", "..vvvv"),
+    "without an image": ("tvvvtt", "..tttt"),
+    "fill in the padding": ("tvtttttttt", "........vt"),
+    "a token each": ("tvt", "..v"),
+}
+
+
+def naive(case, b):
+    real = case.visual[b] | case.text[b]
+    tables = tuple(table[min(b, len(table) - 1), real] for table in case.positions)
+    one = case.visual[b, real], case.text[b, real]
+    return naive_importance(case.layer, case.hidden[b, real], case.selector, tables, *one)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(("groups", "bias"), [(4, False), (2, True), (1, False)])
+def test_importance_is_the_formula(layout, groups, bias):
+    case = make_case(*layout, groups=groups, bias=bias)
+    got = case.score()
     assert got.dtype == torch.float32
-    for b, start in ((0, 0), (1, 3)):
-        v, t = visual[b, start:], text[b, start:]
-        expected = naive_importance(hidden[b, start:], selector, v, t, causal)
-        torch.testing.assert_close(got[b, start:][v], expected[v])
-    assert bool((got[~visual] == -torch.inf).all())
+    for b, visual in enumerate(case.visual):
+        expected = naive(case, b)[visual[visual | case.text[b]]]
+        torch.testing.assert_close(got[b, visual], expected)
+    assert bool((got[~case.visual] == -torch.inf).all())
 
 
-def test_importance_without_text_is_the_visual_mean():
-    selector = make_selectors().layers[0]
-    hidden = torch.randn(1, 5, WIDTH)
-    visual, text = masks("vvvvv")
-    got = importance(hidden, selector, visual, text, False)
-    torch.testing.assert_close(got[0], naive_importance(hidden[0], selector, visual[0], text[0], 0))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_importance_is_the_formula_in_every_family(family):
+    case = model_case(family, samples(family)[1])
+    torch.testing.assert_close(case.score()[case.visual], naive(case, 0)[case.visual[0]])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_padded_batch_equals_its_samples(family):
+    batch = model_case(family, *samples(family)).score()
+    for scores, sample in zip(batch, samples(family), strict=True):
+        alone = model_case(family, sample)
+        torch.testing.assert_close(scores[-alone.hidden.shape[1] :], alone.score()[0])
+
+
+def test_padding_has_no_part_whatever_it_holds():
+    case = make_case("ttvvvvvttt", "...tvvvvtt", "......tvvv")
+    before = case.score()
+    case.hidden[~(case.visual | case.text)] = 1e4
+    assert torch.equal(case.score(), before)
+
+
+def test_text_that_sees_nothing_leaves_the_visual_factor():
+    case = make_case("ttttvvvvvv", "tttvvvvvvt", "...ttttttt")
+    from_visual, from_text = case.score(means)
+    assert bool((from_text[[0, 2]] == 1).all())
+    assert from_text[1].sum() == pytest.approx(1)
+    torch.testing.assert_close(from_visual.sum(dim=1), torch.tensor([1.0, 1.0, 0.0]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_rows_are_what_the_layer_hands_to_its_kernel(family):
+    case = model_case(family, *samples(family))
+    rows, own = case.rows(), project(case.layer, case.hidden, case.positions)
+    for b, (index, valid) in enumerate(zip(rows.index, rows.valid, strict=True)):
+        expected = own.query[b][:, index[valid]]
+        torch.testing.assert_close(rows.query[b][:, valid], expected)
+    assert rows.scaling == own.scaling
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_the_layers_own_keys_the_text_factor_is_the_real_one(family):
+    """Of full rank a selector can hold all of `W_k`."""
+    case = model_case(family, *samples(family))
+    model = make_model(family)
+    own = family_of(model).query_key(case.layer, model.model.language_model.config)
+    case.selector = replace(
+        make_selectors(family, rank=WIDTH).layers[0],
+        down=torch.diag(own.norm_weight),
+        up=own.w_k,
+        key_bias=own.b_k,
+        eps=own.norm_eps,
+    )
+    _, got = case.score(means)
+    projected = project(case.layer, case.hidden, case.positions)
+    _, real = attention_means(projected, case.visual, case.text)
+    # The real mean counts text in front of the image, too.
+    share = asking(case.visual, case.text).sum(dim=1) / case.text.sum(dim=1)
+    real = torch.where(share[:, None] > 0, real / share[:, None], real)
+    torch.testing.assert_close(got[case.visual], real[case.visual])
+    assert bool(share[1] > share[3] == 0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_blocks_of_heads_and_rows_give_the_same(bias, monkeypatch):
+    """One key head and two text rows at a time; the last row of a head is alone."""
+    case = make_case("ttvvvvvttttt", "...tvvvvvttt", bias=bias)
+    whole = case.score()
+    blocks = []
+    softmax = torch.Tensor.softmax
+
+    def spy(self, dim):
+        blocks.append(self.shape)
+        return softmax(self, dim)
+
+    monkeypatch.setattr(torch.Tensor, "softmax", spy)
+    monkeypatch.setattr(scoring, "CPU_HELD", 5 * (2 * 12))
+    torch.testing.assert_close(case.score(), whole)
+    assert [shape[1:3] for shape in blocks if len(shape) == 4] == [(2, 2), (2, 2), (2, 1)] * 2
+
+
+def test_without_padding_nobody_looks_for_it():
+    case = make_case("tt" + "v" * 60 + "ttt", "ttt" + "v" * 60 + "tt")
+    tables = (case.rows(), case.positions, case.visual, places(case.visual))
+    assert torch.equal(case.score(), importance(case.hidden, case.selector, *tables))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_importance_in_half_precision(dtype):
-    torch.manual_seed(0)
-    selector = make_selectors().layers[0]
-    hidden = (torch.randn(1, 40, WIDTH) * 20).to(dtype)
-    visual, text = masks("ttttt" + "v" * 30 + "ttttt")
-    half = importance(hidden, selector.to(hidden.device, dtype), visual, text, True)
-    full = importance(hidden.float(), selector, visual, text, True)
-    assert bool(half[visual].isfinite().all())
-    best = full.topk(8).indices[0].tolist()
-    assert len(set(best) & set(half.topk(8).indices[0].tolist())) >= 6
+    case = make_case("ttttt" + "v" * 30 + "ttttt", scale=20)
+    half = case.to(dtype).score()
+    full = case.to(torch.float32).score()
+    assert bool(half[case.visual].isfinite().all())
+    off = (half[case.visual] / full[case.visual]).log().abs()
+    assert 0 < off.mean() < (0.05 if dtype == torch.bfloat16 else 0.01)
 
 
 def test_importance_under_autocast_is_finite():
-    selector = make_selectors().layers[0]
-    visual, text = masks("..tvvvvt")
+    case = make_case("..tvvvvt")
     with torch.autocast("cpu", torch.bfloat16):
-        got = importance(torch.randn(1, 8, WIDTH), selector, visual, text, True)
-    assert bool(got[visual].isfinite().all())
+        got = case.score()
+    assert got.dtype == torch.float32
+    assert bool(got[case.visual].isfinite().all())
 
 
-def test_importance_is_differentiable():
-    selector = make_selectors().layers[0]
-    selector.query.requires_grad_()
-    visual, text = masks("ttvvvvvt")
-    got = importance(torch.randn(1, 8, WIDTH), selector, visual, text, True)
-    got[visual].sum().backward()
-    assert selector.query.grad.abs().sum() > 0
+@pytest.mark.parametrize(
+    ("factor", "fitted"), [(0, {"down", "inner", "outer"}), (1, {"down", "up", "key_bias"})]
+)
+def test_both_factors_are_differentiable(factor, fitted):
+    case = make_case("ttvvvvvt", "...tvvvt", bias=True)
+    tensors = case.selector.tensors()
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    case.score(means)[factor][case.visual].log().sum().backward()
+    reached = {name for name, tensor in tensors.items() if tensor.grad is not None}
+    assert reached == fitted
+    for name in fitted:
+        gradient = tensors[name].grad
+        assert bool(gradient.isfinite().all()) and gradient.abs().sum() > 0
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_fold_equals_the_unfolded_projections(bias):
-    torch.manual_seed(0)
-    heads, groups, head_dim, rank = 4, 2, 6, 5
-    u_q, v_q = torch.randn(heads * head_dim, rank), torch.randn(rank, WIDTH)
-    # The rows of the two key heads, repeated once per query head.
-    u_k = torch.randn(groups, head_dim, rank).repeat_interleave(heads // groups, 0).flatten(0, 1)
-    v_k = torch.randn(rank, WIDTH)
-    b_q = torch.randn(heads * head_dim) if bias else None
-    b_k = torch.randn(heads * head_dim) if bias else 0.0
-    norm = torch.rand(WIDTH) + 0.5
+def test_places_go_from_the_first_visual_token_to_the_last():
+    """Whatever stands between them, in front and behind."""
+    visual, _ = masks("tvtvv.t", "..vvvtt")
+    a = torch.tensor([1 / 6, 1 / 2, 5 / 6])
+    expected = torch.stack([(1 - a).log() + 1, (a - 0.5) * 12**0.5, a.log() + 1], dim=-1)
+    got = places(visual)
+    for sample, mask in zip(got, visual, strict=True):
+        torch.testing.assert_close(sample[mask], expected)
+    assert bool(got.isfinite().all())
 
-    x = torch.randn(7, WIDTH)
-    normed = norm * x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
-    y_q = normed @ (u_q @ v_q).T + (b_q if bias else 0.0)
-    y_k = normed @ (u_k @ v_k).T + b_k
-    expected = (y_q @ y_k.T / head_dim**0.5).softmax(-1)
 
-    query, key, query_bias = fold(u_q, v_q, u_k, v_k, b_q, norm, head_dim)
-    raw = x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
-    folded = raw @ query.T + (query_bias if bias else 0.0)
-    torch.testing.assert_close((folded @ (raw @ key.T).T).softmax(-1), expected)
+def test_places_are_of_mean_0_and_variance_1():
+    got = places(torch.ones(1, 2000, dtype=torch.bool))[0]
+    torch.testing.assert_close(got.mean(dim=0), torch.zeros(3), atol=0.01, rtol=0)
+    torch.testing.assert_close(got.std(dim=0), torch.ones(3), atol=0.01, rtol=0)
+
+
+def test_asking_is_the_text_behind_the_first_visual_token():
+    visual, text = masks("ttvtv.t", "ttttttt")
+    assert asking(visual, text).int().tolist() == [[0, 0, 0, 1, 0, 0, 1], [0] * 7]
+
+
+@pytest.mark.parametrize("count", [1, ROWS - 1, ROWS, ROWS + 1, 3 * ROWS - 1, 1000])
+def test_of_a_long_text_so_many_ask_evenly_spaced_with_the_last(count):
+    visual, text = masks("tv" + count * "t", "." + (count + 1) * "t")
+    found = asking(visual, text)
+    assert not found[1].any()
+    at = found[0].nonzero()[:, 0]
+    assert len(at) == min(count, ROWS) and at[-1] == count + 1
+    gaps = torch.cat([torch.tensor([1]), at]).diff()
+    assert gaps.max() - gaps.min() <= 1
 
 
 def test_select_keeps_the_best_and_all_text_in_order():
@@ -109,16 +300,6 @@ def test_select_breaks_ties_by_position_and_can_keep_none_or_all():
     assert select(scores, torch.tensor([2]), text, 4)[0].tolist() == [[0, 1, 2, 5]]
     assert select(scores, torch.tensor([0]), text, 2)[0].tolist() == [[0, 5]]
     assert select(scores, torch.tensor([4]), text, 6)[0].tolist() == [list(range(6))]
-
-
-def test_what_saves_time_changes_nothing():
-    torch.manual_seed(0)
-    selector = make_selectors().layers[0]
-    visual, text = masks("tt" + "v" * 600 + "ttt", "ttt" + "v" * 600 + "tt")
-    hidden = torch.randn(2, 605, WIDTH)
-    plain = importance(hidden, selector, visual, text, True)
-    fast = importance(hidden, selector.joined(), visual, text, True, padded=False)
-    assert torch.equal(plain, fast)
 
 
 def test_merge_in_place_writes_to_what_it_is_given():

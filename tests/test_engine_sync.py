@@ -54,7 +54,7 @@ def test_no_reads_in_prefill_and_decode(family, attn):
         make_inputs(model, one_image(family), Prompt([1, 5, 6], size), Prompt([1, 7, 8, 9])),
     ):
         with (
-            attach(model, make_selectors(causal=True), [1.0, 0.25, 0, 5]),
+            attach(model, make_selectors(family), [1.0, 0.25, 0, 5]),
             no_reads_in_layers(model),
         ):
             model.generate(**inputs, max_new_tokens=3, do_sample=False)
@@ -90,7 +90,7 @@ def test_selection_reads_exactly_once_in_a_prefill(family):
 
     # What transformers itself reads, such as the sizes of images, is there either way.
     dense = reads()
-    with attach(model, make_selectors(causal=True), [1.0, 0.25, 0, 5]):
+    with attach(model, make_selectors(family), [1.0, 0.25, 0, 5]):
         assert reads() == dense + 1
 
 

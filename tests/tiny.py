@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from alvts_cli.engine import LayerSelector
+from alvts_cli.engine.scoring import PLACES
 
 torch.set_num_threads(1)
 
@@ -24,6 +25,8 @@ LAYERS = 4
 WIDTH = 32
 IMAGE, VIDEO, VISION_START, PAD = 90, 91, 92, 0
 FAMILIES = ("llava", "llava_next", "llava_next_mistral", "qwen2_5_vl")
+HEAD_SIZES = {"llava_next_mistral": 12}
+"""Of a head, where it is not the width by the heads, 8."""
 
 _TEXT: dict[str, Any] = dict(
     vocab_size=100,
@@ -64,7 +67,7 @@ def make_model(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float
         text = (
             LlamaConfig(**_TEXT)
             if family == "llava_next"
-            else MistralConfig(**_TEXT, head_dim=12, sliding_window=None)
+            else MistralConfig(**_TEXT, head_dim=HEAD_SIZES[family], sliding_window=None)
         )
         model = LlavaNextForConditionalGeneration(
             LlavaNextConfig(
@@ -125,23 +128,43 @@ class Selectors:
     """What an artifact offers to `attach`."""
 
     layers: list[LayerSelector | None]
-    causal: bool = False
     default_keep: float = 0.25
     schedules: tuple[tuple[float, ...], ...] = ()
 
 
-def make_selectors(rank: int = 3, causal: bool = False, **more: Any) -> Selectors:
-    """Random selectors that rank tokens very differently from layer to layer."""
-    generator = torch.Generator().manual_seed(1)
+def random_selector(
+    generator: torch.Generator, keys: int, bias: bool = False, rank: int = 3
+) -> LayerSelector:
+    """One that tells tokens clearly apart, by what they are and by where they are.
+
+    Args:
+        keys: numbers of a token's keys, all key heads together.
+        bias: whether there is a `key_bias`.
+    """
+    units = 4
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
+    return LayerSelector(
+        down=random(rank, WIDTH) * 0.4,
+        up=random(keys, rank) * 0.7,
+        key_bias=random(keys) if bias else None,
+        inner=random(units, rank + PLACES + 1) * 0.3,
+        outer=random(units + PLACES),
+        eps=1e-6,
+    )
+
+
+def make_selectors(family: str = "llava", rank: int = 3, **more: Any) -> Selectors:
+    """Random selectors that rank tokens very differently from layer to layer."""
+    generator = torch.Generator().manual_seed(1)
+    keys = _TEXT["num_key_value_heads"] * HEAD_SIZES.get(family, 8)
     layers: list[LayerSelector | None] = [
-        LayerSelector(random(rank, WIDTH) * 0.4, random(rank, WIDTH) * 0.4, random(rank), 1e-6)
+        random_selector(generator, keys, bias=family == "qwen2_5_vl", rank=rank)
         for _ in range(LAYERS)
     ]
-    return Selectors(layers, causal, **more)
+    return Selectors(layers, **more)
 
 
 @dataclass

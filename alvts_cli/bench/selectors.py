@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..engine import LayerSelector, default_rank
+from ..engine.scoring import PLACES, UNITS
 from ..families import family_of
 
 DEFAULT_KEEP = 1 / 9
@@ -17,26 +18,31 @@ class RandomSelectors:
     """What an artifact offers to `attach`; the same for the same model."""
 
     layers: list[LayerSelector]
-    causal: bool = True
     default_keep: float = DEFAULT_KEEP
     schedules: tuple[tuple[float, ...], ...] = ()
 
 
 def random_selectors(model: Any) -> RandomSelectors:
     """Selectors of `default_rank`, on the model's device."""
-    text_model: Any = family_of(model).text_model(model)
-    width = text_model.config.hidden_size
-    rank = default_rank(width)
+    family = family_of(model)
+    config: Any = family.text_model(model).config
+    rank = default_rank(config.hidden_size)
     generator = torch.Generator().manual_seed(0)
 
-    def matrix() -> torch.Tensor:
-        # Logits of order one, as fitted selectors have.
-        random = torch.randn(rank, width, generator=generator) * (width**-0.5 * rank**-0.25)
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        # Of order one from numbers of order one, as fitted ones are.
+        random = torch.randn(rows, columns, generator=generator) * columns**-0.5
         return random.to(model.device, model.dtype)
 
-    return RandomSelectors(
-        [
-            LayerSelector(matrix(), matrix(), None, layer.input_layernorm.variance_epsilon)
-            for layer in text_model.layers
-        ]
-    )
+    def selector(layer: Any) -> LayerSelector:
+        projections = family.query_key(layer, config)
+        return LayerSelector(
+            down=matrix(rank, config.hidden_size),
+            up=matrix(projections.w_k.shape[0], rank),
+            key_bias=projections.b_k,
+            inner=matrix(UNITS, rank + PLACES + 1).float(),
+            outer=matrix(1, UNITS + PLACES)[0].float(),
+            eps=projections.norm_eps,
+        )
+
+    return RandomSelectors([selector(layer) for layer in family.layers(model)])

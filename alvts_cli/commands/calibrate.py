@@ -25,7 +25,7 @@ def calibrate(
         int, typer.Option(min=3, help="Drawn at random; an eighth measures, the rest is fitted.")
     ] = 256,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Of the selectors; default: width / 64, at least 16.")
+        int | None, typer.Option(min=1, help="Of the selectors; default: width / 64, at least 24.")
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Default: <model>.alvts.safetensors in this folder.")

@@ -24,8 +24,7 @@ def info(
         "model": artifact.model_id + (f" @ {artifact.revision}" if artifact.revision else ""),
         "family": artifact.family,
         "selectors": f"{len(artifact.layers)} layers, rank {artifact.rank}, "
-        f"hidden size {artifact.hidden_size}, {artifact.layers[0].key.dtype}",
-        "rows": "causal" if artifact.causal else "full",
+        f"hidden size {artifact.hidden_size}, {artifact.layers[0].down.dtype}",
         "default keep": f"{artifact.default_keep:.3f}",
         "size": f"{file.stat().st_size:,} bytes",
         "data": record.data,

@@ -18,7 +18,7 @@ from .cache import SelectiveLayer, prepare_cache
 from .flops import PrefillFlops, kv_bytes, kv_bytes_expected, prefill_flops
 from .keep import Keep, KeepArgument, Schedules, Solved, resolve_keep, spend
 from .plan import Plan
-from .scoring import LayerSelector, default_rank, fold, importance
+from .scoring import LayerSelector, default_rank, importance
 from .selecting import select
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "attach",
     "attach_scorer",
     "default_rank",
-    "fold",
     "importance",
     "keep_of",
     "kv_bytes",

@@ -20,7 +20,7 @@ from .keep import Keep, KeepArgument, Schedules, resolve_keep
 from .masks import build_mask, mask_style
 from .merging import gather_hidden, gather_positions, merge
 from .plan import Plan, make_plan, read_inputs
-from .scoring import LayerSelector, importance
+from .scoring import LayerSelector, importance, text_rows
 from .selecting import positions_of, select
 
 _attached: WeakSet[nn.Module] = WeakSet()
@@ -31,8 +31,6 @@ class Selectors(Protocol):
 
     @property
     def layers(self) -> Sequence[LayerSelector | None]: ...
-    @property
-    def causal(self) -> bool: ...
     @property
     def default_keep(self) -> float: ...
     @property
@@ -106,12 +104,11 @@ class _SelectorScorer:
     """The method itself: low-rank selectors, each on its layer's device and in its dtype."""
 
     def __init__(self, selectors: Selectors, layers: Any) -> None:
-        self.causal = selectors.causal
         self.layers: list[Any] = []
         for selector, layer in zip(selectors.layers, layers, strict=True):
             # The norm is never quantised: its dtype is the one the layer computes in.
             norm = layer.input_layernorm.weight
-            self.layers.append(selector and selector.to(norm.device, norm.dtype).joined())
+            self.layers.append(selector and selector.to(norm.device, norm.dtype))
 
     def importance(
         self,
@@ -121,14 +118,10 @@ class _SelectorScorer:
         plan: Plan,
         layer_kwargs: dict[str, Any],
     ) -> Tensor:
-        return importance(
-            hidden,
-            self.layers[layer_index],
-            plan.visual,
-            plan.text,
-            self.causal,
-            padded=plan.padded,
-        )
+        positions = layer_kwargs["position_embeddings"]
+        rows = text_rows(layer, hidden, positions, plan.asking_index, plan.asking_valid)
+        selector = self.layers[layer_index]
+        return importance(hidden, selector, rows, positions, plan.visual, plan.places, plan.real())
 
 
 def attach(
@@ -169,11 +162,13 @@ def attach(
                 f"layer {i} has no selector but keep={resolved.values[i]}; keep 1.0 or 0 there"
             )
         if selector is not None:
-            width = layers[i].input_layernorm.weight.shape[0]
-            if selector.key.shape[1] != width:
+            mine = f"a width of {selector.down.shape[1]} and keys of {selector.up.shape[0]}"
+            keys = layers[i].self_attn.k_proj.out_features
+            its = f"a width of {layers[i].input_layernorm.weight.shape[0]} and keys of {keys}"
+            if mine != its:
                 raise AlvtsError(
-                    f"the selector of layer {i} is for a width of {selector.key.shape[1]} but "
-                    f"the model has {width}; use selectors fitted for this model"
+                    f"the selector of layer {i} is for {mine} but the model has {its}; "
+                    "use selectors fitted for this model"
                 )
     return Attachment(model, _SelectorScorer(selectors, layers), resolved, compile)
 

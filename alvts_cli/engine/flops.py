@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .scoring import ROWS
+
 
 @dataclass(frozen=True)
 class PrefillFlops:
@@ -44,10 +46,13 @@ def prefill_flops(
 
     A selector of rank `R` over all `T` tokens, in every layer that runs on fewer than `T`:
 
-        projections  2 * 2 T D R,  logits 2 T^2 R,  two column means 2 * 2 T^2
+        keys     2 T D R to the latent,  2 T R (G d) to the heads
+        text     2 m D (H d) for the queries,  2 m T (H d) for logits,  2 m T H for their mean
 
-    The logits are whole; of causal selectors only about half of them are computed. Norms, softmax,
-    rotary and activation functions, the vision tower and the output head are not counted.
+    with `m` text tokens that ask, `M` but at most `ROWS`; those in front of the image, which ask
+    nothing, are counted as if they did. Norms, softmax,
+    rotary and activation functions, the few units for the visual rows, the vision tower and the
+    output head are not counted.
 
     Args:
         text_config: of the decoder.
@@ -66,8 +71,10 @@ def prefill_flops(
         attention = 4 * head_dim * heads * tokens * (tokens + 1) // 2
         layers += projections + attention + 6 * tokens * width * mlp
         if rank and text_tokens < tokens < total_tokens:
-            scoring += 4 * total_tokens * width * rank
-            scoring += 2 * total_tokens**2 * rank + 4 * total_tokens**2
+            scoring += 2 * total_tokens * rank * (width + kv_heads * head_dim)
+            rows = min(text_tokens, ROWS)
+            scoring += 2 * rows * width * heads * head_dim
+            scoring += 2 * rows * total_tokens * heads * (head_dim + 1)
     return PrefillFlops(layers, scoring)
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..errors import AlvtsError
 from .keep import Keep
+from .scoring import asking, places
+from .selecting import positions_of
 
 
 @dataclass(eq=False)
@@ -21,6 +23,9 @@ class Plan:
         visual_counts, text_counts: per sample, `N` and `M`; empty for a single token.
         keep_counts: `[layer][sample]`, `k`; empty when there is no visual token.
         keep_tensor: the same as int64 `[L, B]`, on the device of the masks.
+        asking_index, asking_valid: `[B, M']`, the text that sees an image, as `positions_of` has
+            it; empty when there is no visual token.
+        places: as `scoring.places`; empty likewise.
     """
 
     tokens: int
@@ -31,6 +36,9 @@ class Plan:
     text_counts: tuple[int, ...]
     keep_counts: tuple[tuple[int, ...], ...]
     keep_tensor: Tensor
+    asking_index: Tensor
+    asking_valid: Tensor
+    places: Tensor
 
     def selects(self, layer: int) -> bool:
         """Whether a visual token skips this layer."""
@@ -48,6 +56,9 @@ class Plan:
         """Put the tensors on the device of the coming layer."""
         self.visual, self.text = self.visual.to(device), self.text.to(device)
         self.keep_tensor = self.keep_tensor.to(device)
+        self.asking_index = self.asking_index.to(device)
+        self.asking_valid = self.asking_valid.to(device)
+        self.places = self.places.to(device)
 
     def real(self) -> Tensor | None:
         """bool `[B, T]`, False at padding; None when nothing is padded."""
@@ -89,12 +100,14 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
     tokens = input_ids.shape[1]
     if tokens == 1:
         text = torch.ones_like(visual)
-        return Plan(tokens, ~text, text, False, (), (), (), input_ids.new_empty(0))
+        none = input_ids.new_empty(0)
+        return Plan(tokens, ~text, text, False, (), (), (), none, none, none, none)
     real = torch.ones_like(visual)
     if attention_mask is not None:
         real = attention_mask[:, -tokens:].to(visual.device, torch.bool)
     visual, text = visual & real, real & ~visual
-    sums = torch.stack([visual.sum(dim=1), text.sum(dim=1)]).tolist()
+    rows = asking(visual, text)
+    *sums, asked = torch.stack([mask.sum(dim=1) for mask in (visual, text, rows)]).tolist()
     samples = [(n, m) for n, m in zip(*sums, strict=True)]
     keep_counts: tuple[tuple[int, ...], ...] = ()
     if any(n > 0 for n, _ in samples):
@@ -102,6 +115,7 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
             tuple(max(keep.count(layer, n), int(n > 0 and m == 0)) for n, m in samples)
             for layer in range(len(keep.values))
         )
+    index, valid = positions_of(rows, max(asked))
     return Plan(
         tokens,
         visual,
@@ -111,4 +125,7 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
         tuple(sums[1]),
         keep_counts,
         torch.tensor(keep_counts, dtype=torch.int64, device=visual.device),
+        index,
+        valid,
+        places(visual),
     )

@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from .scoring import ROW_BLOCK
+from .scoring import asking
 
 _NAME = "alvts_probe"
+
+ROW_BLOCK = 1024
+"""Rows of the attention matrix held at once."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,7 @@ def attention_importance(projected: Projected, visual: Tensor, text: Tensor) -> 
     Heads are averaged before the product, because the formula of the importance is written for one
     attention matrix. Text rows in front of the image see no visual token; they are counted in the
     mean as the formula says, which only scales a sample's `S*` by a constant. As in
-    `scoring.importance`, a sample without text has the first factor alone. `heads x T x T` is
-    never stored.
+    `scoring.importance`, a sample whose text sees nothing has the first factor alone.
 
     Args:
         projected: of the layer.
@@ -129,11 +131,17 @@ def attention_importance(projected: Projected, visual: Tensor, text: Tensor) -> 
     Returns:
         float32 `[B, T]`, 0 where not visual.
     """
+    from_visual, from_text = attention_means(projected, visual, text)
+    return from_visual * from_text
+
+
+def attention_means(projected: Projected, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """The two factors of `attention_importance`, each 0 where not visual; the second is 1 in a
+    sample whose text sees nothing. `heads x T x T` is never stored."""
     _, heads, tokens, _ = projected.query.shape
     key = projected.key.repeat_interleave(heads // projected.key.shape[1], dim=1)
     rows = torch.stack([visual, text], dim=1).float()
-    counts = rows.sum(dim=-1, keepdim=True)
-    rows = rows / counts.clamp(min=1)
+    rows = rows / rows.sum(dim=-1, keepdim=True).clamp(min=1)
     padding = ~(visual | text)[:, None, :]
     positions = torch.arange(tokens, device=rows.device)
     # Not -inf: a padding row in front has no column at all, and its nan would spoil the means.
@@ -148,5 +156,5 @@ def attention_importance(projected: Projected, visual: Tensor, text: Tensor) -> 
             attention = logits.masked_fill_(hide, lowest).softmax(dim=-1)
             means += rows[:, :, block] @ attention
     from_visual, from_text = (means / heads).unbind(dim=1)
-    from_text = torch.where(counts[:, 1] > 0, from_text, 1.0)
-    return from_visual * from_text * visual
+    from_text = torch.where(asking(visual, text).any(dim=1, keepdim=True), from_text, 1.0)
+    return from_visual * visual, from_text * visual

@@ -1,195 +1,278 @@
 """The selector of a layer at run time: importance of every visual token from the raw residual.
 
-With the layer's input RMSNorm `n(x) = s(x) * x * w`, `s(x) = rsqrt(mean(x^2) + eps)`, and the
-low-rank projections `y_q = U_Q V_Q n(x) + b_q`, `y_k = U_K V_K n(x) + b_k`, a logit is
+With the layer's own attention `A`, the paper's importance is `S(i) = S_V2V(i) * S_T2V(i)`, the mean
+of `A[j, i]` over the visual rows `j` times the mean over the text rows. Both are made of one
+low-rank key: `z = V n(x)` of `R` numbers per token, with the layer's input RMSNorm `n`.
 
-    y_q(i) . y_k(j) / sqrt(d_k)
-        = (U_K^T U_Q V_Q n(x_i) + U_K^T b_q) . (V_K n(x_j)) / sqrt(d_k)  +  y_q(i) . b_k / sqrt(d_k)
+- **Text rows.** The layer's own queries are made of a few text tokens; the keys are `U z`, in the
+  layer's own heads and with rotary positions. `ROWS x T` per head, however long the text.
+- **Visual rows.** What the image as a whole attends to shows in the token itself and in its place
+  among the others: a network of a few units makes `log S_V2V(i)` of `z` and the place. The
+  `N x N` attention is never made.
 
-The last term is the same for all `j`, so the softmax over `j` cancels it. What is left needs two
-`R x D` matrices: `w` and the scale fold into them, and `s(x)` is one number per token.
+The paper has low-rank queries and keys in one joint head without positions, for all rows. Measured
+in `calibration/align.py`: it is the text rows that this form cannot see.
 """
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Rows of the attention matrix held at once: bounds memory to B * 1024 * T floats, and still lets
-# an image of 576 tokens with its prompt go through in one block.
-ROW_BLOCK = 1024
-# On a CPU a block is to stay in its cache, and so are the numbers that are copied to float32.
-CPU_ROW_BLOCK = 256
-CPU_COPIED = 2**18
+from .merging import gather_hidden, gather_positions
 
-_HAS_TRITON = find_spec("triton") is not None
-# Where the Triton kernels run; the tests have them interpreted on the CPU.
-_KERNEL_DEVICE = "cuda"
+PLACES = 3
+"""Numbers that tell a token's place (see `places`)."""
+
+UNITS = 16
+"""Hidden units of the network for the visual rows."""
+
+ROWS = 32
+"""Text tokens that attend, at most."""
+
+# Numbers of attention held at once, over all samples and heads. On a CPU they are to stay in its
+# cache, and so are those that are copied to float32.
+HELD = 2**26
+CPU_HELD = 2**20
+CPU_COPIED = 2**18
 
 
 @dataclass(frozen=True)
 class LayerSelector:
-    """The folded selector of one layer.
+    """The fitted selector of one layer, with `G` key heads of size `d` and `m` hidden units.
 
     Attributes:
-        query: `[R, D]`, with the `R x R` core, the norm weight and `1 / sqrt(d_k)` folded in.
-        key: `[R, D]`, with the norm weight folded in.
-        query_bias: `[R]` or None, with `1 / sqrt(d_k)` folded in.
+        down: `[R, D]`, from the residual stream to `z`, the norm weight folded in.
+        up: `[G * d, R]`, from `z` to the keys in front of the rotary positions.
+        key_bias: `[G * d]`, of the model's own keys, or None.
+        inner: `[m, R + PLACES + 1]`, from `z`, the place and a 1 to the hidden units.
+        outer: `[m + PLACES]`, from the hidden units and the place to `log S_V2V`.
         eps: of the layer's input RMSNorm.
-        both: `[2R, D]`, query above key, where they were put together; else None.
+    """
+
+    down: Tensor
+    up: Tensor
+    key_bias: Tensor | None
+    inner: Tensor
+    outer: Tensor
+    eps: float
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "LayerSelector":
+        """A copy for a layer's device and dtype. The small network stays in float32."""
+        bias = self.key_bias
+        return replace(
+            self,
+            down=self.down.to(device, dtype),
+            up=self.up.to(device, dtype),
+            key_bias=None if bias is None else bias.to(device, dtype),
+            inner=self.inner.to(device, torch.float32),
+            outer=self.outer.to(device, torch.float32),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name; without the bias where there is none."""
+        named = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in named.items() if isinstance(value, Tensor)}
+
+
+@dataclass(frozen=True)
+class TextRows:
+    """The text that attends to the image.
+
+    Attributes:
+        query: `[B, H, M, d]`, the layer's own, with rotary positions.
+        index: int64 `[B, M]`, their positions in the sequence.
+        valid: bool `[B, M]`, False at the fill of shorter samples.
+        scaling: of a logit.
     """
 
     query: Tensor
-    key: Tensor
-    query_bias: Tensor | None
-    eps: float
-    both: Tensor | None = None
-
-    def to(self, device: torch.device, dtype: torch.dtype) -> "LayerSelector":
-        """A copy for a layer's device and dtype. The small bias stays in float32."""
-        bias = self.query_bias
-        return replace(
-            self,
-            query=self.query.to(device, dtype),
-            key=self.key.to(device, dtype),
-            query_bias=None if bias is None else bias.to(device, torch.float32),
-            both=None,
-        )
-
-    def joined(self) -> "LayerSelector":
-        """The same with both matrices in one tensor, so that scoring reads its input once."""
-        both = torch.cat([self.query, self.key])
-        query, key = both.chunk(2)
-        return replace(self, query=query, key=key, both=both)
+    index: Tensor
+    valid: Tensor
+    scaling: float
 
 
 def default_rank(hidden_size: int) -> int:
     """`R` where nobody asks for another: a quarter of the paper's (256 for a width of 4096, 128 for
-    2048), and no less than 16. Scoring costs in proportion to it.
+    2048), and no less than 24. Measured in `calibration/align.py`."""
+    return max(24, hidden_size // 64)
 
-    With the KL as its objective, a quarter of the rank has more recall than the squared error has
-    with all of it (held out, 200 steps, from the same start): .650 at rank 4 against .623 at 16 on
-    pocket (covariance start), .397 at 9 against .368 at 36 on six layers of SmolLM2-135M (SVD
-    start). More rank may still help there (KL at 36: .478); on pocket it adds little (64: .673).
+
+def asking(visual: Tensor, text: Tensor) -> Tensor:
+    """The text tokens that ask for visual ones: bool `[B, T]`.
+
+    Those that see one, behind the first, for the others have no part in `S_T2V` but to scale it;
+    and of more than `ROWS` so many, evenly spaced, the last among them.
     """
-    return max(16, hidden_size // 64)
+    seeing = text & (visual.cumsum(dim=1) > 0)
+    order = seeing.cumsum(dim=1)
+    count = order[:, -1:].clamp(min=1)
+    return seeing & (order * ROWS // count > (order - 1) * ROWS // count)
 
 
-def fold(
-    u_q: Tensor,
-    v_q: Tensor,
-    u_k: Tensor,
-    v_k: Tensor,
-    b_q: Tensor | None,
-    norm_weight: Tensor,
-    head_dim: int,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Fold fitted matrices into `(query [R, D], key [R, D], query_bias [R] or None)`.
+def places(visual: Tensor) -> Tensor:
+    """Where each visual token is among those of its sample: float32 `[B, T, PLACES]`.
 
-    `W_Q ~ u_q @ v_q` with `u_q` `[H * head_dim, R]` and `v_q` `[R, D]` (as `nn.Linear` weights lie,
-    so `y = W x`), and the same for the keys. The heads are one joint head of `H * head_dim`; with
-    grouped-query attention the rows of `u_k` are those of the key projection repeated once per
-    query head. `b_q` is `[H * head_dim]`; a key bias cancels in the softmax and is not asked for.
-
-    The result is float32 and differentiable in `u` and `v`.
+    With `a` from 0 at the first to 1 at the last: `log(1 - a)`, `a` and `log a`, each brought to
+    mean 0 and variance 1 over an image. Causal rows make the mean of a column a matter of place.
     """
-    scale = head_dim**-0.5
-    u_k = u_k.float()
-    norm = norm_weight.float()
-    query = (u_k.T @ u_q.float()) @ v_q.float() * norm * scale
-    key = v_k.float() * norm
-    bias = None if b_q is None else u_k.T @ b_q.float() * scale
-    return query, key, bias
+    order = visual.cumsum(dim=1)
+    count = order[:, -1:].clamp(min=1)
+    a = ((order - 0.5) / count).clamp(min=0.25 / count)
+    return torch.stack([(1 - a).log() + 1, (a - 0.5) * math.sqrt(12), a.log() + 1], dim=-1)
 
 
-def _kernels_fit(projected: Tensor, bias: Tensor | None) -> bool:
-    """Whether the Triton kernels can take the projections: on a GPU, and no gradient wanted."""
-    if not (_HAS_TRITON and projected.device.type == _KERNEL_DEVICE):
-        return False
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (projected, bias)
-    ):
-        return False
-    from . import kernels
+def text_rows(
+    layer: Any,
+    hidden: Tensor,
+    positions: tuple[Tensor, Tensor],
+    index: Tensor,
+    valid: Tensor,
+) -> TextRows:
+    """The queries that `layer` will make of some tokens.
 
-    return kernels.fit(projected)
+    Args:
+        layer: a decoder layer.
+        hidden: its input `[B, T, D]`.
+        positions: `(cos, sin)` as the layer takes them, `[B or 1, T, d]`.
+        index, valid: `[B, M]`, as `selecting.positions_of` gives them.
+    """
+    attention = layer.self_attn
+    states = attention.q_proj(layer.input_layernorm(gather_hidden(hidden, index)))
+    query = states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    return TextRows(
+        rotate(query, gather_positions(positions, index)), index, valid, attention.scaling
+    )
+
+
+def rotate(states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions `(cos, sin)` `[B or 1, T, d]` on `[B, H, T, d]`, as all families have it."""
+    cos, sin = (table.to(states)[:, None] for table in positions)
+    first, second = states.chunk(2, dim=-1)
+    return states * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def importance(
     hidden: Tensor,
     selector: LayerSelector,
+    rows: TextRows,
+    positions: tuple[Tensor, Tensor],
     visual: Tensor,
-    text: Tensor,
-    causal: bool,
-    padded: bool = True,
+    place: Tensor,
+    real: Tensor | None = None,
 ) -> Tensor:
     """`S(i) = S_V2V(i) * S_T2V(i)` of every visual token.
-
-    With `A = softmax(q k^T)` over all real tokens, `S_V2V(i)` is the mean of `A[j, i]` over the
-    visual rows `j` and `S_T2V(i)` the mean over the text rows. A sample without text tokens has
-    no `S_T2V`: its importance is `S_V2V` alone.
 
     Args:
         hidden: `[B, T, D]`, the layer's input as it is (before its norm), any float dtype.
         selector: on the device and in the dtype of `hidden`.
+        rows: the text; a sample without any is ranked by `S_V2V` alone.
+        positions: `(cos, sin)` as the layer takes them, `[B or 1, T, d]`.
         visual: bool `[B, T]`.
-        text: bool `[B, T]`; a position in neither mask is padding, ignored as row and column.
-        causal: let a row see only columns up to its own. The paper does not say which it means;
-            the artifact records what its selectors were fitted for.
-        padded: False promises that there is no padding, which saves looking for it.
+        place: as `places(visual)`.
+        real: bool `[B, T]`, False at padding, which is no column; None when nothing is padded.
 
     Returns:
         float32 `[B, T]`, -inf where not visual. Differentiable; never waits for the device.
     """
-    _, tokens, width = hidden.shape
-    both, bias = selector.both, selector.query_bias
-    if both is None:
-        both = torch.cat([selector.query, selector.key])
-    norm, projected = _norm(hidden), functional.linear(hidden, both)
-    if _kernels_fit(projected, bias):
-        from . import kernels
-
-        score = kernels.operator if torch.compiler.is_compiling() else kernels.importance
-        return score(projected, norm[..., 0], bias, visual, text, causal, width, selector.eps)
-
-    scale = torch.rsqrt(norm.square() / width + selector.eps)
-    query, key = (projected * scale).chunk(2, dim=-1)
-    if bias is not None:
-        query = query + bias
-    key = key.transpose(1, 2)
-
-    # [B, 2, T]: how much each row counts in the mean over visual, and over text rows.
-    rows = torch.stack([visual, text], dim=1).float()
-    counts = rows.sum(dim=-1, keepdim=True)
-    rows = rows / counts.clamp(min=1)
-    padding = ~(visual | text)[:, None, :] if padded else None
-    size = min(ROW_BLOCK, CPU_ROW_BLOCK) if hidden.device.type == "cpu" else ROW_BLOCK
-    later = torch.ones(size, size, dtype=torch.bool, device=hidden.device).triu(1)
-    # Not -inf: a padding row may have no column at all, and its nan would spoil the means.
-    lowest = torch.finfo(torch.float32).min
-
-    means = torch.zeros_like(rows)
-    start = 0
-    # Not a range: torch.compile would make a constant of the number of tokens.
-    while start < tokens:
-        end = min(start + size, tokens)
-        # Nothing behind the block's last row is seen from it: half of the work is not done at all.
-        seen = end if causal else tokens
-        # float() is for autocast, which would make them half precision.
-        logits = (query[:, start:end] @ key[:, :, :seen]).float()
-        if padding is not None:
-            logits = logits.masked_fill_(padding[..., :seen], lowest)
-        if causal:
-            logits[:, :, start:].masked_fill_(later[: end - start, : end - start], lowest)
-        means[:, :, :seen] += rows[:, :, start:end] @ logits.softmax(dim=-1)
-        start = end
-
-    from_visual, from_text = means.unbind(dim=1)
-    from_text = torch.where(counts[:, 1] > 0, from_text, 1.0)
+    from_visual, from_text = means(hidden, selector, rows, positions, visual, place, real)
     return (from_visual * from_text).masked_fill(~visual, -torch.inf)
+
+
+def means(
+    hidden: Tensor,
+    selector: LayerSelector,
+    rows: TextRows,
+    positions: tuple[Tensor, Tensor],
+    visual: Tensor,
+    place: Tensor,
+    real: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two factors of `importance`, `S_V2V` and `S_T2V`: float32 `[B, T]` each.
+
+    `S_V2V` is scaled to a sum of 1, and 0 where not visual. `S_T2V` is that of all columns, and 1
+    in a sample without text.
+    """
+    scale = torch.rsqrt(_norm(hidden).square() / hidden.shape[-1] + selector.eps)
+    latent = functional.linear(hidden, selector.down) * scale
+    from_text = _text_mean(latent.to(hidden.dtype), selector, rows, positions, real)
+    from_text = torch.where(rows.valid.any(dim=1, keepdim=True), from_text, 1.0)
+    return _visual_mean(selector, latent.float(), visual, place), from_text
+
+
+def _visual_mean(selector: LayerSelector, latent: Tensor, visual: Tensor, place: Tensor) -> Tensor:
+    weights, bias = selector.inner[:, :-1], selector.inner[:, -1]
+    units = functional.gelu(functional.linear(torch.cat([latent, place], dim=-1), weights, bias))
+    log = torch.cat([units, place], dim=-1) @ selector.outer
+    # Not -inf: a sample without visual tokens would be nan.
+    return log.masked_fill(~visual, torch.finfo(log.dtype).min).softmax(dim=-1) * visual
+
+
+def _text_mean(
+    latent: Tensor,
+    selector: LayerSelector,
+    rows: TextRows,
+    positions: tuple[Tensor, Tensor],
+    real: Tensor | None,
+) -> Tensor:
+    """`[B, T]`: the mean over heads and text rows of their causal attention to `latent`'s keys."""
+    batch, heads, count, width = rows.query.shape
+    tokens = latent.shape[1]
+    # Consecutive query heads share a key head.
+    groups = selector.up.shape[0] // width
+    query = (rows.query * rows.scaling).unflatten(1, (groups, -1))
+    weights = rows.valid / rows.valid.sum(dim=1, keepdim=True).clamp(min=1)
+    columns = torch.arange(tokens, device=latent.device)
+    # Keys as columns, as the product wants them: turning them round would cost more than the rest.
+    latent = latent.transpose(1, 2)
+    cos, sin = (table.to(latent).transpose(1, 2)[:, None].contiguous() for table in positions)
+    up = selector.up.unflatten(0, (groups, width))
+    bias = None if selector.key_bias is None else selector.key_bias.view(groups, width, 1)
+
+    held = (CPU_HELD if latent.device.type == "cpu" else HELD) // (batch * tokens)
+    some = min(groups, max(1, held // width))
+    size = max(1, held // (some * (heads // groups)))
+    mean = torch.zeros(batch, tokens, device=latent.device)
+    # Not ranges: torch.compile would make constants of the numbers of tokens and rows.
+    group = 0
+    while group < groups:
+        part = slice(group, group + some)
+        keys = (up[part].flatten(0, 1) @ latent).unflatten(1, (-1, width))
+        keys = _rotate_columns(keys if bias is None else keys + bias[part], cos, sin)
+        start = 0
+        while start < count:
+            block = slice(start, start + size)
+            seen = columns <= rows.index[:, block, None]
+            if real is not None:
+                seen = seen & real[:, None, :]
+            # float() is for autocast, which would make them half precision.
+            logits = (query[:, part, :, block].flatten(2, 3) @ keys).float()
+            logits = logits.view(batch, -1, rows.index[:, block].shape[1], tokens)
+            # Not -inf: a fill row may be padding, without any column.
+            lowest = torch.finfo(torch.float32).min
+            attention = logits.masked_fill(~seen[:, None], lowest).softmax(dim=-1)
+            mean = mean + (weights[:, None, None, block] @ attention).sum(dim=(1, 2))
+            start += size
+        group += some
+    return mean / heads
+
+
+def _rotate_columns(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`rotate` for `[B, G, d, T]`, the tables `[B or 1, 1, d, T]`."""
+    first, second = states.chunk(2, dim=2)
+    (cos_first, cos_second), (sin_first, sin_second) = cos.chunk(2, dim=2), sin.chunk(2, dim=2)
+    # Whole halves: written into parts of one tensor, a compiled graph would look at every number.
+    return torch.cat(
+        [
+            (first * cos_first).addcmul_(second, sin_first, value=-1),
+            (second * cos_second).addcmul_(first, sin_second),
+        ],
+        dim=2,
+    )
 
 
 def _norm(hidden: Tensor) -> Tensor:

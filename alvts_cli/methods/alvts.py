@@ -27,7 +27,7 @@ class Alvts(Method):
         if selectors is None:
             raise AlvtsError("the method alvts needs selectors")
         self.fitted = selectors
-        self.rank = max(layer.key.shape[0] for layer in selectors.layers if layer is not None)
+        self.rank = max(layer.down.shape[0] for layer in selectors.layers if layer is not None)
 
     @contextmanager
     def attached(
