@@ -104,27 +104,51 @@ def run_restricted(
     return merge(hidden, rows, out, None)
 
 
+@dataclass(frozen=True)
+class Asking:
+    """What scoring wants to know of a prompt, the same in every layer.
+
+    Attributes:
+        visual: bool `[B, T]`.
+        place: as `engine.scoring.places`.
+        index, valid: `[B, M]`, the prompt's text that asks; not the answer behind it.
+    """
+
+    visual: Tensor
+    place: Tensor
+    index: Tensor
+    valid: Tensor
+
+    @classmethod
+    def of(cls, visual: Tensor, asked: Tensor) -> "Asking":
+        """From bool `[B, T]`, on the CPU: nothing here is to wait for a device."""
+        rows = asking(visual, asked)
+        length = int(rows.sum(dim=1).max())
+        return cls(visual, places(visual), *positions_of(rows, length))
+
+    def to(self, device: torch.device) -> "Asking":
+        """The same on another device."""
+        return Asking(*(t.to(device) for t in (self.visual, self.place, self.index, self.valid)))
+
+
 def score(
     layer: Any,
     selector: LayerSelector,
     hidden: Tensor,
     positions: tuple[Tensor, Tensor],
-    visual: Tensor,
-    asked: Tensor,
+    prompt: Asking,
 ) -> Tensor:
-    """Importance `[B, T]` as prefill has it: of the `asked` text, not of the answer behind it.
+    """Importance `[B, T]` as prefill has it.
 
     Args:
         layer: of the model.
         selector: of that layer, on its device and in its dtype.
         hidden: its input `[B, T, D]`.
         positions: `(cos, sin)`.
-        visual, asked: bool `[B, T]`, alike in all samples.
+        prompt: on the device of `hidden`.
     """
-    rows = asking(visual, asked)
-    index, valid = positions_of(rows, int(rows[0].sum()))
-    text = text_rows(layer, hidden, positions, index, valid)
-    return importance(hidden, selector, text, positions, visual, places(visual))
+    rows = text_rows(layer, hidden, positions, prompt.index, prompt.valid)
+    return importance(hidden, selector, rows, positions, prompt.visual, prompt.place)
 
 
 def answer_divergence(dense: Tensor, found: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from alvts_cli.families import family_of
 from .answers import (
     BATCH_TOKENS,
     Answered,
+    Asking,
     answer_divergence,
     check_finite,
     run_restricted,
@@ -54,15 +55,14 @@ class _Batch:
 
     Attributes:
         hidden: on the CPU; the masks and positions are where layer 0 is.
-        asked: bool `[B, T]`, the text rows that score: the answer is none of them.
+        prompt: what scores: the answer is no part of it.
         count: visual tokens of each sample.
         dense: log-probabilities `[B, A, V]`, on the CPU.
     """
 
     hidden: Tensor
     positions: tuple[Tensor, Tensor]
-    visual: Tensor
-    asked: Tensor
+    prompt: Asking
     count: int
     dense: Tensor
 
@@ -115,15 +115,15 @@ class Joint:
     def _batch(self, group: Sequence[Answered]) -> _Batch:
         first = group[0]
         device = self.selectors[0].down.device
-        visual = torch.cat([one.sample.visual for one in group]).to(device)
-        asked = torch.cat([one.asked for one in group]).to(device)
+        visual = torch.cat([one.sample.visual for one in group])
+        prompt = Asking.of(visual, torch.cat([one.asked for one in group])).to(device)
         cos, sin = (
             torch.cat([one.sample.positions[i] for one in group], dim=-3).to(device)
             for i in range(2)
         )
         hidden = torch.cat([one.sample.hidden for one in group])
         count = int(first.sample.visual.sum())
-        batch = _Batch(hidden, (cos, sin), visual, asked, count, torch.empty(0, first.answer))
+        batch = _Batch(hidden, (cos, sin), prompt, count, torch.empty(0, first.answer))
         # On the CPU: a word of the answer is a row as long as the vocabulary.
         batch.dense = self._answer(batch, Keep((1.0,) * len(self.layers))).cpu()
         return batch
@@ -142,9 +142,10 @@ class Joint:
             if kept == count:
                 hidden = run_layer(layer, self.implementation, hidden, positions)
                 continue
-            visual, asked = batch.visual.to(device), batch.asked.to(device)
+            prompt = batch.prompt.to(device)
+            visual = prompt.visual
             if kept:
-                scores = score(layer, self.selectors[i], hidden, positions, visual, asked)
+                scores = score(layer, self.selectors[i], hidden, positions, prompt)
             else:
                 scores = torch.zeros(visual.shape, device=device)
             hidden = run_restricted(

@@ -99,14 +99,10 @@ def _target(layer: Any, sample: Captured, index: int) -> Target:
             f"the hidden states of layer {index} overflow in {hidden.dtype}; "
             "use --dtype bfloat16 or float32"
         )
-    asked = asking(visual, ~visual)
-    asking_at = asked.nonzero()[:, 1].cpu()
-    rows = TextRows(
-        projected.query[:, :, asking_at.to(visual.device)].cpu(),
-        asking_at[None],
-        torch.ones(1, len(asking_at), dtype=torch.bool),
-        projected.scaling,
-    )
+    at = asking(sample.visual, ~sample.visual).nonzero()[:, 1]
+    query = projected.query[:, :, at.to(visual.device)].cpu()
+    valid = torch.ones(1, len(at), dtype=torch.bool)
+    rows = TextRows(query, at[None], valid, projected.scaling)
     return Target(
         sample.hidden,
         sample.positions,

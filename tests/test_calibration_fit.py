@@ -19,7 +19,7 @@ from alvts_cli.families import QueryKey, family_of
 from alvts_cli.prompts import build_inputs
 from calibration import Checkpoint, Sample, Settings, Watch, calibrate
 from calibration.align import align, divergence
-from calibration.answers import score
+from calibration.answers import Asking, score
 from calibration.budget import measure
 from calibration.capture import advance, capture
 from calibration.initialise import initialise
@@ -169,7 +169,9 @@ def test_what_is_measured_is_what_runs() -> None:
         inputs = build_inputs(make_processor(), samples[i].images, samples[i].prompt)
         sample = capture(model, inputs.to("cpu", torch.bfloat16))
         visual = sample.visual
-        found = score(layer, artifact.layers[0], sample.hidden, sample.positions, visual, ~visual)
+        found = score(
+            layer, artifact.layers[0], sample.hidden, sample.positions, Asking.of(visual, ~visual)
+        )
         wanted = attention_importance(
             project(layer, sample.hidden, sample.positions), visual, ~visual
         )

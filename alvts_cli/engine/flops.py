@@ -50,9 +50,8 @@ def prefill_flops(
         text     2 m D (H d) for the queries,  2 m T (H d) for logits,  2 m T H for their mean
 
     with `m` text tokens that ask, `M` but at most `ROWS`; those in front of the image, which ask
-    nothing, are counted as if they did. Norms, softmax,
-    rotary and activation functions, the few units for the visual rows, the vision tower and the
-    output head are not counted.
+    nothing, are counted as if they did. Norms, softmax, rotary and activation functions, the few
+    units for the visual rows, the vision tower and the output head are not counted.
 
     Args:
         text_config: of the decoder.

@@ -115,7 +115,10 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
             tuple(max(keep.count(layer, n), int(n > 0 and m == 0)) for n, m in samples)
             for layer in range(len(keep.values))
         )
-    index, valid = positions_of(rows, max(asked))
+    index = valid = place = input_ids.new_empty(0)
+    if keep_counts:
+        index, valid = positions_of(rows, max(asked))
+        place = places(visual)
     return Plan(
         tokens,
         visual,
@@ -127,5 +130,5 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
         torch.tensor(keep_counts, dtype=torch.int64, device=visual.device),
         index,
         valid,
-        places(visual),
+        place,
     )

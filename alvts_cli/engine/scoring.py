@@ -34,10 +34,11 @@ UNITS = 16
 ROWS = 32
 """Text tokens that attend, at most."""
 
-# Numbers of attention held at once, over all samples and heads. On a CPU they are to stay in its
-# cache, and so are those that are copied to float32.
+# Numbers of keys and of attention held at once, over all samples and heads: bounds memory. On a CPU
+# fewer were slower (2**15 to 2**19), more no faster.
 HELD = 2**26
 CPU_HELD = 2**20
+# Numbers copied to float32 at once on a CPU, to stay in its cache.
 CPU_COPIED = 2**18
 
 
