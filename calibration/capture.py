@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alvts_cli.engine.calls import POSITIONS
 from alvts_cli.engine.masks import build_mask
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of
@@ -56,7 +57,7 @@ def capture(model: Any, inputs: Mapping[str, Any]) -> Captured:
         pass
     finally:
         handle.remove()
-    cos, sin = seen["position_embeddings"]
+    cos, sin = seen[POSITIONS]
     visual = family.visual_mask(model, inputs["input_ids"])
     if not bool(visual.any()):
         raise AlvtsError("the processor made no visual tokens of the images")
@@ -84,7 +85,7 @@ def run_layer(
     out: Tensor = layer(
         hidden,
         attention_mask=build_mask(implementation, hidden, 0, None, None),
-        position_embeddings=(cos.to(device), sin.to(device)),
+        **{POSITIONS: (cos.to(device), sin.to(device))},
         use_cache=False,
     )
     return out

@@ -11,6 +11,7 @@ import torch
 from tiny import IMAGE, PAD, Prompt, make_inputs
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from alvts_cli.engine import cache_of
 from alvts_cli.methods import make_method
 
 torch.set_num_threads(1)
@@ -84,7 +85,7 @@ def dense_run(prompt: Prompt) -> Dense:
     return Dense(
         [state[0] for state in out.hidden_states],
         [weights[0] for weights in out.attentions],
-        [layer.keys[0] for layer in out.past_key_values.layers],
+        [layer.keys[0] for layer in cache_of(out).layers],
         (ids == IMAGE).nonzero()[:, 0].tolist(),
         (ids != IMAGE).nonzero()[:, 0].tolist(),
     )
@@ -153,7 +154,7 @@ def attached_run(name: str, budget: float, batch: list[Prompt], **more: Any) -> 
         # Later than the engine's, so they see what the layers really get.
         handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in text.layers]
         places = (mask.cumsum(1) - 1).clamp(min=0)
-        cache = model(**inputs, position_ids=places, use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, position_ids=places, use_cache=True))
         for handle in handles:
             handle.remove()
         kept = attachment.last

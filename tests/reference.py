@@ -10,7 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from tiny import IMAGE, VIDEO, Selectors
+from tiny import CACHE, IMAGE, VIDEO, Selectors
 from torch import Tensor
 
 from alvts_cli.engine import Attachment
@@ -181,7 +181,7 @@ def reference_logits(
                 attention_mask=mask,
                 position_embeddings=positions,
                 position_ids=None,
-                past_key_values=None,
+                **{CACHE: None},
             )
             hidden = torch.where(runs[None, :, None], new, hidden)
         return model.lm_head(text_model.norm(hidden))[0]

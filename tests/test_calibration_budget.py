@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from calibration_tools import LAYERS, fast, make_processor, make_small, scenes
-from tiny import FAMILIES, make_inputs, make_model, make_selectors, one_image
+from tiny import CACHE, FAMILIES, make_inputs, make_model, make_selectors, one_image
 
 from alvts_cli import AlvtsError, attach
 from alvts_cli.artifact import load_artifact, save_artifact
-from alvts_cli.engine import Keep, spend
+from alvts_cli.engine import Keep, cache_of, spend
 from alvts_cli.families import family_of
 from alvts_cli.prompts import build_inputs
 from calibration import Watch, calibrate
@@ -37,7 +37,7 @@ def by_attaching(model: Any, selectors: Any, ratios: Any, family: str, seeds: An
                 told = {}
                 if "mm_token_type_ids" in inputs:
                     told["mm_token_type_ids"] = torch.zeros_like(answer[:, :-1])
-                more = model(answer[:, :-1], past_key_values=out.past_key_values, **told)
+                more = model(answer[:, :-1], **{CACHE: cache_of(out)}, **told)
                 logits.append(more.logits)
             return torch.cat(logits, dim=1).log_softmax(dim=-1)
 

@@ -18,7 +18,7 @@ from alvts_cli.bench.selectors import random_selectors
 from alvts_cli.bench.short import shortened
 from alvts_cli.bench.statistics import efficiency, ratio, spread
 from alvts_cli.bench.timing import generate
-from alvts_cli.engine import attach, kv_bytes
+from alvts_cli.engine import attach, cache_of, kv_bytes
 from alvts_cli.models import load_model
 
 
@@ -69,10 +69,8 @@ def test_a_short_prefill_is_the_decoder_on_fewer_tokens(family):
     # Earlier tokens do not see later ones: what is left out changes nothing for the others.
     torch.testing.assert_close(short.last_hidden_state, whole.last_hidden_state[:, :9])
     assert torch.equal(again.last_hidden_state, whole.last_hidden_state)
-    assert short.past_key_values.get_seq_length() == 9
-    assert made.kv_bytes * whole.past_key_values.get_seq_length() == 9 * kv_bytes(
-        whole.past_key_values
-    )
+    assert cache_of(short).get_seq_length() == 9
+    assert made.kv_bytes * cache_of(whole).get_seq_length() == 9 * kv_bytes(cache_of(whole))
 
 
 @pytest.mark.parametrize(

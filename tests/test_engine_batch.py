@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, IMAGE, Prompt, make_inputs, make_model, make_selectors, one_image
+from tiny import CACHE, FAMILIES, IMAGE, Prompt, make_inputs, make_model, make_selectors, one_image
 from transformers import DynamicCache
 
 from alvts_cli import attach
+from alvts_cli.engine import cache_of
 
 OPTIONS = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
 
@@ -54,7 +55,7 @@ def test_batch_equals_singles(family, keep, attn):
             if sample.images:
                 assert [k[b] for k in kept] == [k[0] for k in attachment.last.kept]
                 for layer, own in zip(
-                    together.past_key_values.layers, alone.past_key_values.layers, strict=True
+                    cache_of(together).layers, cache_of(alone).layers, strict=True
                 ):
                     real = layer.slots if layer.valid is None else int(layer.valid[b].sum())
                     assert real == own.slots
@@ -118,19 +119,19 @@ def test_a_padded_cache_filled_before_attaching():
     places = full.cumsum(1) - 1
     selectors = make_selectors()
     with torch.no_grad():
-        cache = model(texts, attention_mask=mask, position_ids=places[:, :4]).past_key_values
+        cache = cache_of(model(texts, attention_mask=mask, position_ids=places[:, :4]))
         with attach(model, selectors, 0.25):
             got = model(
                 ids,
                 pixel_values=pixels,
                 attention_mask=full,
                 position_ids=places[:, 4:],
-                past_key_values=cache,
+                **{CACHE: cache},
             )
             for b, skip in ((0, 2), (1, 0)):
                 alone = DynamicCache()
-                model(texts[b : b + 1, skip:], past_key_values=alone)
-                expected = model(ids[:1], pixel_values=pixels[:1], past_key_values=alone)
+                model(texts[b : b + 1, skip:], **{CACHE: alone})
+                expected = model(ids[:1], pixel_values=pixels[:1], **{CACHE: alone})
                 torch.testing.assert_close(got.logits[b], expected.logits[0], rtol=1e-4, atol=1e-4)
 
 

@@ -5,11 +5,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny import FAMILIES, Prompt, make_inputs, make_model, make_selectors, one_image
+from tiny import CACHE, FAMILIES, Prompt, make_inputs, make_model, make_selectors, one_image
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from alvts_cli import attach
-from alvts_cli.engine import Solved, keep_of
+from alvts_cli.engine import Solved, cache_of, keep_of
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def test_one_graph_and_the_same_bits(family):
                 output = model(**inputs)
                 graphs.append(counter.frame_count)
                 assert torch.equal(output.logits, logits)
-                layer = output.past_key_values.layers[0]
+                layer = cache_of(output).layers[0]
                 assert type(layer.seen) is int and layer.seen == inputs["input_ids"].shape[1]
                 assert not layer.plain and layer.slots == attachment.last.kept[0][0] + len(
                     inputs["input_ids"][0]
@@ -146,7 +146,7 @@ def test_decoding_a_padded_batch(more):
         assert torch.equal(found, expected)
         return
     assert torch.equal(found.sequences, expected.sequences)
-    caches = found.past_key_values.layers, expected.past_key_values.layers
+    caches = cache_of(found).layers, cache_of(expected).layers
     for got, wanted in zip(*caches, strict=True):
         # A product of one row may be computed another way in the graph.
         torch.testing.assert_close(got.keys, wanted.keys)
@@ -161,9 +161,9 @@ def test_a_text_turn_of_several_tokens_runs_uncompiled():
     results = []
     for compile in (False, {"backend": counter}):
         with torch.no_grad(), attach(model, make_selectors(), 4, compile=compile):
-            cache = model(**inputs).past_key_values
+            cache = cache_of(model(**inputs))
             more = torch.tensor([[5, 6, 7]])
-            results.append(model(input_ids=more, past_key_values=cache).logits)
+            results.append(model(input_ids=more, **{CACHE: cache}).logits)
             results.append(model(input_ids=more).logits)
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
     assert counter.frame_count == 1
@@ -192,9 +192,9 @@ def test_a_second_turn_with_an_image_runs_uncompiled():
     results = []
     for compile in (False, {"backend": counter}):
         with torch.no_grad(), attach(model, make_selectors(), 4, compile=compile):
-            cache = model(**inputs).past_key_values
+            cache = cache_of(model(**inputs))
             more = {name: value for name, value in inputs.items() if name != "attention_mask"}
-            results.append(model(**more, past_key_values=cache).logits)
+            results.append(model(**more, **{CACHE: cache}).logits)
     assert torch.equal(*results)
     assert counter.frame_count == 1
 

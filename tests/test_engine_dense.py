@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tiny import FAMILIES, LAYERS, Prompt, make_inputs, make_model, make_selectors, one_image
+from tiny import CACHE, FAMILIES, LAYERS, Prompt, make_inputs, make_model, make_selectors, one_image
 from transformers import DynamicCache
 
 from alvts_cli import AlvtsError, attach
-from alvts_cli.engine import SelectiveLayer
+from alvts_cli.engine import SelectiveLayer, cache_of
 from alvts_cli.families import family_of
 
 
@@ -27,7 +27,7 @@ def test_keep_everything_is_dense_bit_for_bit(family, attn):
                 again = model.generate(**inputs, max_new_tokens=5, do_sample=False)
         assert torch.equal(dense.logits, same.logits)
         assert torch.equal(generated, again)
-        for a, b in zip(dense.past_key_values.layers, same.past_key_values.layers, strict=True):
+        for a, b in zip(cache_of(dense).layers, cache_of(same).layers, strict=True):
             assert isinstance(b, SelectiveLayer)
             assert torch.equal(a.keys, b.keys)
             assert torch.equal(a.values, b.values)
@@ -202,8 +202,8 @@ def test_text_alone_is_dense():
     model = make_model("llava")
     ids = torch.tensor([[1, 5, 6, 7, 8]])
     with torch.no_grad():
-        dense = model(input_ids=ids, past_key_values=DynamicCache())
+        dense = model(input_ids=ids, **{CACHE: DynamicCache()})
         with attach(model, make_selectors(), keep=0.25) as attachment:
-            same = model(input_ids=ids, past_key_values=DynamicCache())
+            same = model(input_ids=ids, **{CACHE: DynamicCache()})
             assert attachment.last is None
     assert torch.equal(dense.logits, same.logits)

@@ -3,10 +3,21 @@
 import pytest
 import torch
 from reference import reference_logits, watch_selection
-from tiny import FAMILIES, IMAGE, LAYERS, Prompt, make_inputs, make_model, make_selectors, one_image
+from tiny import (
+    CACHE,
+    FAMILIES,
+    IMAGE,
+    LAYERS,
+    Prompt,
+    make_inputs,
+    make_model,
+    make_selectors,
+    one_image,
+)
 from transformers import DynamicCache
 
 from alvts_cli import attach
+from alvts_cli.engine import cache_of
 
 KEEPS = {"ratio": 0.25, "schedule": [1.0, 0.5, 0.0, 0.25], "count": 3}
 
@@ -31,10 +42,10 @@ def check_generation(model, inputs, keep, family="llava", steps=5):
             output_logits=True,
         )
         kept = counts(attachment, [0])
-        slots = [layer.slots for layer in out.past_key_values.layers]
+        slots = [layer.slots for layer in cache_of(out).layers]
         text = length - attachment.last.visual_tokens[0]
     assert slots == [text + k[0] + steps - 1 for k in kept]
-    assert out.past_key_values.get_seq_length() == length + steps - 1
+    assert cache_of(out).get_seq_length() == length + steps - 1
 
     whole = dict(inputs, input_ids=out.sequences, attention_mask=torch.ones_like(out.sequences))
     if "mm_token_type_ids" in whole:
@@ -140,8 +151,8 @@ def test_use_cache_or_not_is_the_same(family):
     with torch.no_grad(), attach(model, make_selectors(family), keep=0.25):
         cached = model(**inputs, use_cache=True)
         uncached = model(**inputs, use_cache=False)
-        passed = model(**inputs, past_key_values=DynamicCache())
-    assert uncached.past_key_values is None
+        passed = model(**inputs, **{CACHE: DynamicCache()})
+    assert cache_of(uncached) is None
     assert torch.equal(cached.logits, uncached.logits)
     assert torch.equal(cached.logits, passed.logits)
 
@@ -184,9 +195,9 @@ def test_a_second_image_in_a_later_turn(family, attn):
     two = {k: v[..., start:] for k, v in positions.items()}
     with torch.no_grad(), attach(model, selectors, keep=0.25) as attachment:
         with watch_selection() as chosen:
-            cache = model(**first, **one).past_key_values
+            cache = cache_of(model(**first, **one))
             second["attention_mask"] = whole["attention_mask"]
-            logits = model(**second, **two, past_key_values=cache).logits[0]
+            logits = model(**second, **two, **{CACHE: cache}).logits[0]
         kept = counts(attachment, [0, 1])
     text = int((whole["input_ids"] != IMAGE).sum())
     assert [layer.slots for layer in cache.layers] == [text + sum(k) for k in kept]
@@ -213,7 +224,7 @@ def test_a_second_text_turn(family, attn):
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=turn.past_key_values,
+            **{CACHE: cache_of(turn)},
             max_new_tokens=3,
             **options,
         )
@@ -235,11 +246,11 @@ def test_a_cache_filled_before_attaching():
     whole = dict(image, input_ids=torch.cat([text, image["input_ids"]], dim=1))
     whole["attention_mask"] = torch.ones_like(whole["input_ids"])
     with torch.no_grad():
-        cache = model(input_ids=text).past_key_values
+        cache = cache_of(model(input_ids=text))
         with attach(model, selectors, keep=0.25) as attachment:
             image["attention_mask"] = whole["attention_mask"]
             with watch_selection() as chosen:
-                logits = model(**image, past_key_values=cache).logits[0]
+                logits = model(**image, **{CACHE: cache}).logits[0]
             kept = counts(attachment, [0])
     end = whole["input_ids"].shape[1]
     expected = reference_logits(model, whole, selectors, kept, [(4, end)], chosen)

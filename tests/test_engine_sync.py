@@ -4,12 +4,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny import FAMILIES, Prompt, make_inputs, make_model, make_selectors, one_image
+from tiny import CACHE, FAMILIES, Prompt, make_inputs, make_model, make_selectors, one_image
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alvts_cli import attach
-from alvts_cli.engine import attach_scorer
+from alvts_cli.engine import attach_scorer, cache_of
 
 READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal")
 
@@ -114,13 +114,13 @@ def test_decode_of_one_sample_reads_nothing_at_all():
     model = make_model("llava")
     inputs = make_inputs(model, one_image("llava"))
     with torch.no_grad(), attach(model, make_selectors(), 0.25):
-        cache = model(**inputs).past_key_values
+        cache = cache_of(model(**inputs))
         # With an attention_mask transformers itself looks whether anything is padded.
         with NoReads():
             model(
                 input_ids=torch.tensor([[7]]),
                 position_ids=torch.tensor([[28]]),
-                past_key_values=cache,
+                **{CACHE: cache},
             )
 
 
@@ -162,10 +162,10 @@ def test_phases_are_entered_in_order():
 
     with torch.no_grad(), attach(model, make_selectors(), [1.0, 0.25, 0, 1.0]) as attachment:
         attachment.phase = phase
-        cache = model(**inputs).past_key_values
+        cache = cache_of(model(**inputs))
         ran = [n for i, n in enumerate(names) if i == 0 or n != names[i - 1]]
         whole, best, text = ["layer"], ["score", "select", "layer", "merge"], ["select", "layer"]
         assert ran == [*whole, *best, *text, "merge", *whole]
         names.clear()
-        model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+        model(input_ids=torch.tensor([[7]]), **{CACHE: cache})
         assert names == []

@@ -1,12 +1,14 @@
 """Tiny random models of every family and valid inputs for them, without files or a processor."""
 
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
+    LlamaModel,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -17,9 +19,13 @@ from transformers import (
 )
 
 from alvts_cli.engine import LayerSelector
+from alvts_cli.engine.calls import CACHE_NAMES
 from alvts_cli.engine.scoring import PLACES
 
 torch.set_num_threads(1)
+
+CACHE = next(name for name in CACHE_NAMES if name in signature(LlamaModel.forward).parameters)
+"""What the installed transformers calls the KV cache that a model is given."""
 
 LAYERS = 4
 WIDTH = 32

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from ..engine import Attachment, kv_bytes
+from ..engine import Attachment, cache_of, kv_bytes
 from ..families import family_of
 from ..prompts import padding_token
 
@@ -182,4 +182,4 @@ class _Watch:
         if any(name == "prefill" for name, _, _ in self._spans):
             return
         self._finish("prefill")
-        self.kv_bytes = kv_bytes(output.past_key_values)
+        self.kv_bytes = kv_bytes(cache_of(output))

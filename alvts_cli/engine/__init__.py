@@ -15,6 +15,7 @@ method, a `Scorer`, given to `attach_scorer`.
 
 from .attach import Attachment, Prefill, Scorer, Selectors, attach, attach_scorer, keep_of
 from .cache import SelectiveLayer, prepare_cache
+from .calls import cache_of
 from .flops import PrefillFlops, kv_bytes, kv_bytes_expected, prefill_flops
 from .keep import Keep, KeepArgument, Schedules, Solved, resolve_keep, spend
 from .plan import Plan
@@ -36,6 +37,7 @@ __all__ = [
     "Solved",
     "attach",
     "attach_scorer",
+    "cache_of",
     "default_rank",
     "importance",
     "keep_of",

@@ -15,6 +15,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from ..errors import AlvtsError
 from ..families import family_of
 from .cache import SelectiveLayer, prepare_cache
+from .calls import POSITIONS, cache_of, check_layer_call, check_output, warn_if_untested
 from .compiling import compile_decoder
 from .keep import Keep, KeepArgument, Schedules, resolve_keep
 from .masks import build_mask, mask_style
@@ -56,8 +57,8 @@ class Scorer(Protocol):
             hidden: its input `[B, T, D]`, all tokens; not to be written to, nor to be kept: later
                 layers may write to it.
             plan: of this forward; a new object for every forward.
-            layer_kwargs: what the layer is called with (`position_embeddings`,
-                `past_key_values`, ...); not to be written to.
+            layer_kwargs: what the layer is called with (`position_embeddings`, ...); not to be
+                written to.
         """
         ...
 
@@ -118,7 +119,7 @@ class _SelectorScorer:
         plan: Plan,
         layer_kwargs: dict[str, Any],
     ) -> Tensor:
-        positions = layer_kwargs["position_embeddings"]
+        positions = layer_kwargs[POSITIONS]
         rows = text_rows(layer, hidden, positions, plan.asking_index, plan.asking_valid)
         selector = self.layers[layer_index]
         return importance(hidden, selector, rows, positions, plan.visual, plan.places, plan.real())
@@ -224,6 +225,7 @@ class Attachment:
             )
         if self._backbone in _attached:
             raise AlvtsError("alvts is attached to this model already; detach it first")
+        warn_if_untested()
 
         self.last: Prefill | None = None
         self.phase: Callable[[str], AbstractContextManager[object]] = _no_phase
@@ -300,7 +302,7 @@ class Attachment:
         self._forget()
         # Before the mask: a cache of the wrong kind brings a mask of the wrong kind with it, and
         # the cache is the cause.
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         if cache is not None:
             prepare_cache(cache, self._num_layers, kwargs.get("attention_mask"))
         input_ids, mask = read_inputs(args, kwargs)
@@ -313,6 +315,7 @@ class Attachment:
         self._forget()
 
     def _after_text_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        check_output(output, self._cache)
         # transformers records the input of layer 0 as it reached the layer: the selected tokens.
         states = getattr(output, "hidden_states", None)
         if states and self._first_hidden is not None and states[0] is not None:
@@ -331,7 +334,8 @@ class Attachment:
         # A model spread over devices hands a layer what the device before computed.
         hidden = hidden.to(layer.input_layernorm.weight.device)
         plan.move(hidden.device)
-        past = self._cache_layer(i, kwargs.get("past_key_values"))
+        check_layer_call(args, kwargs, plan.tokens, plan.selects(i))
+        past = self._cache_layer(i, cache_of(kwargs))
         if not plan.selects(i):
             plain = past is None or past.plain
             valid = plan.real()
@@ -348,14 +352,14 @@ class Attachment:
             self._first_hidden = hidden
         with self.phase("select"):
             chosen = gather_hidden(hidden, index)
-            positions = gather_positions(kwargs["position_embeddings"], index)
+            positions = gather_positions(kwargs[POSITIONS], index)
             mask = self._mask(chosen, past, valid)
         if past is not None:
             past.expect(plan.tokens, valid, plain=False)
         kwargs = {
             **kwargs,
             "attention_mask": mask,
-            "position_embeddings": positions,
+            POSITIONS: positions,
             # The rotary tables carry the positions. FlashAttention would take ids with gaps for
             # several packed sequences.
             "position_ids": None,

@@ -36,9 +36,8 @@ class SelectiveLayer(DynamicLayer):
         """Take over what a plain layer holds, without copying."""
         new = cls()
         if layer.is_initialized:
-            new.dtype, new.device = layer.dtype, layer.device
+            new.lazy_initialization(layer.keys, layer.values)
             new.keys, new.values = layer.keys, layer.values
-            new.is_initialized = True
             new.seen = layer.get_seq_length()
         return new
 

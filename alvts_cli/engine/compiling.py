@@ -27,6 +27,8 @@ import torch
 from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit
 
+from .calls import cache_of
+
 State = TypeVar("State")
 
 
@@ -72,7 +74,7 @@ def compile_decoder(
         state, embeds = state_to_compile(), kwargs.get("inputs_embeds")
         if state is None or embeds is None:
             return plain(*args, **kwargs)
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         filled = cache is not None and cache.get_seq_length() > 0
         single = embeds.shape[1] == 1
         if filled != single:

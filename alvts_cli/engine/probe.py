@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from .calls import POSITIONS
 from .scoring import asking
 
 _NAME = "alvts_probe"
@@ -83,7 +84,7 @@ def project(layer: Any, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Pro
         try:
             layer.self_attn(
                 hidden_states=layer.input_layernorm(hidden.to(device)),
-                position_embeddings=(cos.to(device), sin.to(device)),
+                **{POSITIONS: (cos.to(device), sin.to(device))},
                 attention_mask=None,
             )
         except _Reached as reached:

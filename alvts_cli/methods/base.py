@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..engine import Attachment, Keep, Plan, Selectors, Solved, attach_scorer, spend
+from ..engine.calls import POSITIONS
 from ..engine.probe import Projected, project
 from ..families import family_of
 
@@ -162,7 +163,7 @@ class PruneOnce(Method):
             index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> None:
             hidden = args[0] if args else kwargs["hidden_states"]
-            self._inputs[index] = (module, hidden, kwargs["position_embeddings"])
+            self._inputs[index] = (module, hidden, kwargs[POSITIONS])
 
         layers: Any = family.layers(model)
         handles = [

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import Plan
+from ..engine.calls import POSITIONS
 from ..engine.probe import attention_importance, project
 from .base import Budgeted
 
@@ -30,6 +31,6 @@ class Oracle(Budgeted):
         layer_kwargs: dict[str, Any],
     ) -> Tensor:
         """`S*` of the layer."""
-        projected = project(layer, hidden, layer_kwargs["position_embeddings"])
+        projected = project(layer, hidden, layer_kwargs[POSITIONS])
         found = attention_importance(projected, plan.visual, plan.text)
         return found.masked_fill(~plan.visual, -torch.inf)

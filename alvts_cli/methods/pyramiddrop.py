@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine import Plan
+from ..engine.calls import POSITIONS
 from ..engine.probe import project, row_attention
 from .base import Method, full_layers, last_tokens, nearest
 
@@ -61,7 +62,7 @@ class PyramidDrop(Method):
         counts = plan.keep_counts[layer_index]
         if counts != self._counts:
             left = self._left.to(hidden.device)
-            projected = project(layer, hidden, layer_kwargs["position_embeddings"])
+            projected = project(layer, hidden, layer_kwargs[POSITIONS])
             row = row_attention(projected, last_tokens(plan), left | plan.text)
             self._scores = row.masked_fill(~left, -torch.inf)
             rank = self._scores.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)

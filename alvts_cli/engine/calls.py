@@ -1,0 +1,104 @@
+"""How transformers calls a decoder and its layers: the names of arguments, known in one place.
+
+The engine works on the arguments that a layer is called with. A release that renames one must be an
+error and not a wrong answer, so whatever is not recognised is refused by name.
+"""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import transformers
+from torch import Tensor
+from transformers import Cache
+
+from ..errors import AlvtsError
+
+NEWEST_TESTED = "5.24"
+"""The newest release of transformers that the tests were run with."""
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What the KV cache is called, in calls and in outputs: since 5.24, and before."""
+
+POSITIONS = "position_embeddings"
+
+# What a layer is called with that has a number for every token, or the cache.
+_KNOWN = frozenset(
+    {"hidden_states", "attention_mask", POSITIONS, "position_ids", "cache_position", *CACHE_NAMES}
+)
+
+
+def cache_of(call: Any) -> Any:
+    """The KV cache among the keyword arguments of a call, or in a model's output; None where there
+    is none."""
+    get = call.get if isinstance(call, Mapping) else lambda name: getattr(call, name, None)
+    return next((found for name in CACHE_NAMES if (found := get(name)) is not None), None)
+
+
+def check_layer_call(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], tokens: int, selects: bool
+) -> None:
+    """Refuse a call of a decoder layer that is not as the engine knows it.
+
+    Args:
+        args, kwargs: of the call.
+        tokens: new tokens of the forward.
+        selects: whether the layer will run on a selection of them.
+
+    Raises:
+        AlvtsError: a cache under an unknown name, a forward that caches but gives the layer no
+            cache; and in a layer that selects, no rotary tables, or an argument unknown to alvts
+            that has a number for every token, which would have to be selected too.
+    """
+    for name, value in kwargs.items():
+        if isinstance(value, Cache) and name not in CACHE_NAMES:
+            raise _unknown(f"hands its layers the KV cache as {name!r}")
+    if kwargs.get("use_cache") and cache_of(kwargs) is None:
+        raise _unknown("caches keys and values, but gives its layers no cache")
+    if not selects:
+        return
+    if kwargs.get(POSITIONS) is None:
+        raise _unknown(f"calls its layers without {POSITIONS!r}")
+    for name, value in (*(("", value) for value in args[1:]), *kwargs.items()):
+        if name not in _KNOWN and any(tokens in tensor.shape for tensor in _tensors(value)):
+            what = repr(name) if name else "an argument without a name"
+            raise _unknown(f"calls its layers with {what}, which has a value for every token")
+
+
+def check_output(output: Any, prepared: Any) -> None:
+    """Refuse an output of the decoder with a cache that is not `prepared`, the one that the layers
+    were given.
+
+    Raises:
+        AlvtsError: the layers' cache went by unseen.
+    """
+    values = output.values() if isinstance(output, Mapping) else output
+    if any(isinstance(value, Cache) and value is not prepared for value in values):
+        raise _unknown("filled a KV cache that its layers were not called with")
+
+
+def warn_if_untested() -> None:
+    """One warning where transformers is newer than any release that the tests were run with."""
+    major, minor = map(int, NEWEST_TESTED.split("."))
+    ours = transformers.__version__.split(".")
+    if (int(ours[0]), int(ours[1])) > (major, minor):
+        warnings.warn(
+            f"transformers {transformers.__version__} is newer than {NEWEST_TESTED}, "
+            "the newest that this alvts was tested with",
+            stacklevel=2,
+        )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from _tensors(each)
+
+
+def _unknown(what: str) -> AlvtsError:
+    return AlvtsError(
+        f"this model, in transformers {transformers.__version__}, {what}: alvts does not know how "
+        f"to select there; use a release up to {NEWEST_TESTED}, or run without alvts"
+    )

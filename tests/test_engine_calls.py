@@ -1,0 +1,111 @@
+"""A release of transformers that calls its layers otherwise is refused by name, never obeyed."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import CACHE, FAMILIES, make_inputs, make_model, make_selectors, one_image
+
+import alvts_cli
+from alvts_cli.engine import calls
+from alvts_cli.errors import AlvtsError
+
+TOKENS = 28
+"""Of a prompt with one image of the tiny LLaVA."""
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def rename(old: str, new: str) -> Change:
+    def change(kwargs: dict[str, Any]) -> None:
+        kwargs[new] = kwargs.pop(old)
+
+    return change
+
+
+def call(change: Change, keep: float = 0.4, **more: Any) -> Any:
+    """A forward of a tiny model whose layers are called with other arguments, as a newer release
+    might call them."""
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    for layer in model.model.language_model.layers:
+
+        def hook(
+            module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            changed = dict(kwargs)
+            change(changed)
+            return args, changed
+
+        # Ours comes after it: hooks run in the order in which they were put in.
+        layer.register_forward_pre_hook(hook, with_kwargs=True)
+    with torch.no_grad(), alvts_cli.attach(model, make_selectors("llava"), keep):
+        return model(**inputs, **more)
+
+
+@pytest.mark.parametrize("keep", [0.4, 1.0])
+def test_a_cache_under_another_name(keep: float) -> None:
+    with pytest.raises(AlvtsError, match="KV cache as 'memory'"):
+        call(rename(CACHE, "memory"), keep)
+
+
+@pytest.mark.parametrize("keep", [0.4, 1.0])
+def test_a_forward_that_caches_without_giving_a_cache(keep: float) -> None:
+    with pytest.raises(AlvtsError, match="gives its layers no cache"):
+        call(lambda kwargs: kwargs.pop(CACHE), keep)
+
+
+def test_a_cache_that_is_filled_behind_the_hooks() -> None:
+    def hide(kwargs: dict[str, Any]) -> None:
+        del kwargs[CACHE], kwargs["use_cache"]
+
+    with pytest.raises(AlvtsError, match="were not called with"):
+        call(hide)
+
+
+def test_a_layer_without_rotary_tables() -> None:
+    with pytest.raises(AlvtsError, match="without 'position_embeddings'"):
+        call(rename("position_embeddings", "rotary"))
+
+
+@pytest.mark.parametrize("value", [torch.zeros, lambda *shape: (torch.zeros(*shape),)])
+def test_an_unknown_argument_with_a_value_for_every_token(value: Any) -> None:
+    def add(kwargs: dict[str, Any]) -> None:
+        kwargs["token_weights"] = value(1, TOKENS, 3)
+
+    with pytest.raises(AlvtsError, match="'token_weights', which has a value for every token"):
+        call(add)
+
+
+def test_an_unknown_argument_of_another_size_is_none_of_our_business() -> None:
+    def add(kwargs: dict[str, Any]) -> None:
+        kwargs["scales"] = torch.zeros(TOKENS + 1)
+
+    assert call(add).logits.shape[1] == TOKENS
+
+
+def test_without_a_cache_nothing_is_refused() -> None:
+    out = call(lambda kwargs: None, use_cache=False)
+    assert calls.cache_of(out) is None
+
+
+def test_a_newer_transformers_is_said_once_per_attachment(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llava")
+    monkeypatch.setattr(calls.transformers, "__version__", "99.1.0")
+    with (
+        pytest.warns(UserWarning, match=r"99\.1\.0 is newer than 5\.") as seen,
+        alvts_cli.attach(model, make_selectors("llava"), 0.4),
+    ):
+        pass
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_installed_transformers_is_known(family: str) -> None:
+    model = make_model(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad(), alvts_cli.attach(model, make_selectors(family), 0.4):
+            model(**make_inputs(model, one_image(family)))
