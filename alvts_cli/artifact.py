@@ -1,7 +1,8 @@
 """The file that calibration writes and every other command reads: one `.safetensors`.
 
 Tensors: `layers.{i}.` with `down`, `up`, `inner`, `outer` and, where the model's keys have one,
-`key_bias` (see `engine.scoring.LayerSelector`), and `fingerprint` `[L, 2, 16]` float32. The large
+`key_bias` (see `engine.scoring.LayerSelector`); `carry.{i}.` with `down` and `up` where what is
+skipped can be carried (see `engine.carry.Carry`); and `fingerprint` `[L, 2, 16]` float32. The large
 ones are in the dtype the model was calibrated in: `attach` casts to the model's dtype anyway, so
 float32 for a bfloat16 model would only double the file.
 
@@ -22,15 +23,21 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from .engine.carry import Carry
 from .engine.keep import resolve_keep
+from .engine.policy import Picked, Policy
 from .engine.scoring import PLACES, LayerSelector
 from .errors import AlvtsError
 from .families import family_of
 
-FORMAT = 3
+FORMAT = 4
 """Raised when an older alvts would misread the file. A new key it may ignore is no reason.
 
-1 had one schedule in the place of several; 1 and 2 had the paper's selectors."""
+1 had one schedule in the place of several; 1 and 2 had the paper's selectors; 3 had no policies,
+and reads as such: each layer chooses the most important tokens."""
+
+OLDEST = 3
+"""The oldest format that is read."""
 
 _VALUES = 16
 """Values of each weight in the fingerprint."""
@@ -51,6 +58,24 @@ class LayerFit:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """What a policy does to the answers at a keep ratio.
+
+    Attributes:
+        keep: ratio of visual tokens in every layer.
+        policy: that was tried.
+        loss: KL of the answers' tokens to the dense model's, in nats, mean over tokens, then over
+            samples.
+        same: share of the answers that are the dense model's own, token for token.
+    """
+
+    keep: float
+    policy: Policy
+    loss: float
+    same: float
+
+
+@dataclass(frozen=True)
 class CalibrationRecord:
     """Where the selectors come from.
 
@@ -62,10 +87,7 @@ class CalibrationRecord:
         settings: what was asked for, the seed and the keep ratio of `recall` among it.
         versions: of python packages.
         layers: one entry per layer.
-        ratios: shares of the visual tokens at which `losses` were measured, ascending.
-        losses: `[layer][ratio]`, what it costs when this layer alone is restricted, the others
-            dense: KL of the answer's tokens to the dense model's, mean over tokens and samples, in
-            nats. Both are empty where no budget was measured.
+        trials: every policy that was tried, at every keep ratio; empty where none was.
     """
 
     data: str
@@ -75,8 +97,7 @@ class CalibrationRecord:
     settings: dict[str, Any]
     versions: dict[str, str]
     layers: tuple[LayerFit, ...]
-    ratios: tuple[float, ...] = ()
-    losses: tuple[tuple[float, ...], ...] = ()
+    trials: tuple["Trial", ...] = ()
 
     @property
     def mean(self) -> LayerFit:
@@ -101,6 +122,10 @@ class Artifact:
         family: name of the architecture.
         fingerprint: float32 `[L, 2, 16]`, some values of every query and key projection.
         calibration: where all this comes from.
+        carries: one per layer, on the CPU; none where nothing is to be carried.
+        picked: the policy for each keep ratio that was tried, ascending; none where every layer is
+            to choose the most important tokens.
+        visual_tokens: of a calibration sample, the median: what a number of tokens is a share of.
     """
 
     layers: tuple[LayerSelector, ...]
@@ -111,6 +136,9 @@ class Artifact:
     family: str
     fingerprint: Tensor
     calibration: CalibrationRecord
+    carries: tuple[Carry, ...] = ()
+    picked: tuple[Picked, ...] = ()
+    visual_tokens: int = 0
 
     @property
     def rank(self) -> int:
@@ -182,6 +210,8 @@ def save_artifact(artifact: Artifact, path: Path) -> None:
     tensors = {"fingerprint": artifact.fingerprint}
     for i, selector in enumerate(artifact.layers):
         tensors |= pack_layer(f"layers.{i}.", selector)
+    for i, carry in enumerate(artifact.carries):
+        tensors |= {f"carry.{i}.down": carry.down, f"carry.{i}.up": carry.up}
     _check_finite(tensors, path)
     record = artifact.calibration
     metadata = {
@@ -194,6 +224,9 @@ def save_artifact(artifact: Artifact, path: Path) -> None:
         "rank": artifact.rank,
         "default_keep": artifact.default_keep,
         "schedules": artifact.schedules,
+        "carry_rank": artifact.carries[0].down.shape[0] if artifact.carries else 0,
+        "picked": [asdict(one) for one in artifact.picked],
+        "visual_tokens": artifact.visual_tokens,
         "norm_eps": [selector.eps for selector in artifact.layers],
         # The means are stored for readers of the file that are not alvts.
         "calibration": {**asdict(record), "mean": asdict(record.mean)},
@@ -219,6 +252,7 @@ def load_artifact(path: Path) -> Artifact:
         _unpack_checked(tensors, i, eps, metadata, path)
         for i, eps in enumerate(metadata["norm_eps"])
     )
+    carries = _carries(tensors, metadata, path)
     values = tensors.pop("fingerprint", None)
     if values is None or values.shape != (len(layers), 2, _VALUES):
         raise AlvtsError(f"{path} is incomplete: its fingerprint is missing or misshapen")
@@ -237,6 +271,9 @@ def load_artifact(path: Path) -> Artifact:
         family=metadata["family"],
         fingerprint=values.float(),
         calibration=_record(metadata["calibration"], path),
+        carries=carries,
+        picked=metadata["picked"],
+        visual_tokens=metadata["visual_tokens"],
     )
 
 
@@ -338,10 +375,12 @@ def _metadata(data: bytes, path: Path) -> dict[str, Any]:
         raise AlvtsError(
             f"{path} has format {version}, this alvts reads up to {FORMAT}; upgrade alvts"
         )
-    if version < FORMAT:
+    if version < OLDEST:
         raise AlvtsError(
             f"{path} was made by an older alvts (format {version}, now {FORMAT}); calibrate again"
         )
+    if version < FORMAT:
+        metadata = {"carry_rank": 0, "picked": [], "visual_tokens": 0, **metadata}
     return _check_metadata(metadata, path)
 
 
@@ -356,6 +395,9 @@ _KEYS: dict[str, tuple[type, ...]] = {
     "default_keep": (float, int),
     "schedules": (list,),
     "norm_eps": (list,),
+    "carry_rank": (int,),
+    "picked": (list,),
+    "visual_tokens": (int,),
     "calibration": (dict,),
 }
 
@@ -378,9 +420,71 @@ def _check_metadata(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
             means.append(sum(ratios) / layers)
             if not all(isinstance(ratio, float) for ratio in ratios) or means[-1] <= means[-2]:
                 raise AlvtsError("schedules must be ratios per layer, sorted by their mean")
+        metadata["picked"] = _picked(metadata["picked"])
     except AlvtsError as error:
         raise AlvtsError(f"the metadata of {path} is invalid: {error}") from None
+    if any(one.policy.carry for one in metadata["picked"]) and metadata["carry_rank"] < 1:
+        raise AlvtsError(f"the metadata of {path} is invalid: a policy carries, but nothing can")
     return metadata
+
+
+def _picked(entries: list[Any]) -> tuple[Picked, ...]:
+    """
+    Raises:
+        AlvtsError: an entry that is not a ratio and a policy.
+    """
+    found = []
+    for entry in entries:
+        try:
+            picked = Picked(float(entry["keep"]), read_policy(entry["policy"]))
+            ok = 0 < picked.keep <= 1
+        except (KeyError, TypeError, ValueError, OverflowError):
+            ok = False
+        if not ok:
+            raise AlvtsError("a picked policy is not a ratio and a policy")
+        found.append(picked)
+    return tuple(found)
+
+
+def read_policy(entry: dict[str, Any]) -> Policy:
+    """A policy out of JSON.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+        AlvtsError: a number out of range.
+    """
+    quality = entry["quality"]
+    flags = entry["mass"], entry["carry"]
+    if not all(isinstance(flag, bool) for flag in flags) or isinstance(entry["every"], bool):
+        raise TypeError("flags are true or false, and every is a number")
+    if not isinstance(entry["every"], int):
+        raise TypeError("every is a whole number")
+    return Policy(entry["every"], None if quality is None else float(quality), *flags)
+
+
+def _carries(tensors: dict[str, Tensor], metadata: dict[str, Any], path: Path) -> tuple[Carry, ...]:
+    """The carried updates, taken out of `tensors`; none where their rank is 0.
+
+    Raises:
+        AlvtsError: one is missing, misshapen or not finite.
+    """
+    rank, width = metadata["carry_rank"], metadata["hidden_size"]
+    found = []
+    for i, eps in enumerate(metadata["norm_eps"] if rank else ()):
+        pair = {}
+        for name, shape in (("down", (rank, width)), ("up", (width, rank))):
+            tensor = tensors.pop(f"carry.{i}.{name}", None)
+            if tensor is None:
+                raise AlvtsError(f"{path} is incomplete: it lacks the tensor 'carry.{i}.{name}'")
+            if tensor.shape != shape or not tensor.is_floating_point():
+                raise AlvtsError(
+                    f"{path} is damaged: carry.{i}.{name} is {tensor.dtype} "
+                    f"{list(tensor.shape)}, not floats {list(shape)}"
+                )
+            pair[f"carry.{i}.{name}"] = tensor
+        _check_finite(pair, path)
+        found.append(Carry(*pair.values(), eps))
+    return tuple(found)
 
 
 def _unpack_checked(
@@ -422,18 +526,17 @@ def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
 def _record(record: dict[str, Any], path: Path) -> CalibrationRecord:
     """The record; what a newer alvts added to it is left out."""
     try:
-        known = {f.name: record[f.name] for f in fields(CalibrationRecord)}
-        ratios = tuple(map(float, known.pop("ratios")))
-        losses = tuple(tuple(map(float, layer)) for layer in known.pop("losses"))
-        if any(len(layer) != len(ratios) for layer in losses):
-            raise ValueError("one loss for each ratio")
+        # Files of format 3 have no trials.
+        known = {f.name: record[f.name] for f in fields(CalibrationRecord) if f.name != "trials"}
+        trials = tuple(
+            Trial(float(t["keep"]), read_policy(t["policy"]), float(t["loss"]), float(t["same"]))
+            for t in record.get("trials", ())
+        )
         fits = [
             LayerFit(**{f.name: float(fit[f.name]) for f in fields(LayerFit)})
             for fit in known.pop("layers")
         ]
-        if len(losses) not in (0, len(fits)):
-            raise ValueError("losses of every layer, or of none")
-        return CalibrationRecord(**known, layers=tuple(fits), ratios=ratios, losses=losses)
+        return CalibrationRecord(**known, layers=tuple(fits), trials=trials)
     except (KeyError, TypeError, ValueError):
         raise AlvtsError(f"the metadata of {path} has no valid 'calibration'") from None
 

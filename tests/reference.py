@@ -13,7 +13,7 @@ import torch
 from tiny import CACHE, IMAGE, VIDEO, Selectors
 from torch import Tensor
 
-from alvts_cli.engine import Attachment
+from alvts_cli.engine import PAPER, Forward, Policy
 
 
 def decoder_inputs(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
@@ -110,20 +110,66 @@ def watch_selection() -> Iterator[list[dict[int, list[int]]]]:
     in the last bit at most.
     """
     forwards: list[dict[int, list[int]]] = []
-    plans: list[Any] = []
-    select = Attachment._select
+    states: list[Any] = []
+    before = Forward.before
 
-    def spy(self: Attachment, i: int, layer: Any, hidden: Tensor, plan: Any, kwargs: Any) -> Any:
-        index, valid = select(self, i, layer, hidden, plan, kwargs)
-        if not plans or plans[-1] is not plan:
-            plans.append(plan)
-            forwards.append({})
-        assert valid is None
-        forwards[-1][i] = index[0].tolist()
-        return index, valid
+    def spy(self: Forward, i: int, *args: Any, **kwargs: Any) -> Any:
+        changed = before(self, i, *args, **kwargs)
+        running = self._running
+        if running is not None:
+            if not states or states[-1] is not self:
+                states.append(self)
+                forwards.append({})
+            assert running.valid is None
+            forwards[-1][i] = running.index[0].tolist()
+        return changed
 
-    with patch.object(Attachment, "_select", spy):
+    with patch.object(Forward, "before", spy):
         yield forwards
+
+
+def images_of(visual: Tensor) -> list[int]:
+    """Which image each of `visual` `[T]` is of, counted from 0; -1 at text."""
+    found, count = [], -1
+    for i, is_visual in enumerate(visual.tolist()):
+        count += is_visual and (i == 0 or not visual[i - 1])
+        found.append(count if is_visual else -1)
+    return found
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float((a @ b) / (a.norm() * b.norm()))
+
+
+def naive_latent(hidden: Tensor, selector: Any) -> list[Tensor]:
+    """`z` of every row of `hidden` `[T, D]`."""
+    x = [row.double() for row in hidden]
+    return [selector.down.double() @ (row / _length(row, selector.eps)) for row in x]
+
+
+def naive_diverse(importance: Tensor, latent: list[Tensor], images: list[int], q: float) -> Tensor:
+    """`q log S + log(1 - cos^2)` of every visual token, to the nearest more important one."""
+    scores = torch.full(importance.shape, -torch.inf)
+    for i, image in enumerate(images):
+        if image < 0:
+            continue
+        nearest = 0.0
+        for j, other in enumerate(images):
+            more = (importance[j], -j) > (importance[i], -i)
+            if other == image and j != i and more:
+                nearest = max(nearest, cosine(latent[i], latent[j]) ** 2)
+        scores[i] = q * math.log(importance[i]) + math.log(max(1 - nearest, 1e-6))
+    return scores
+
+
+def naive_mass(latent: list[Tensor], images: list[int], kept: list[int]) -> dict[int, int]:
+    """How many tokens each of the `kept` ones stands for."""
+    members = {i: 1 for i in kept}
+    for i, image in enumerate(images):
+        near = [j for j in kept if images[j] == image]
+        if image >= 0 and i not in members and near:
+            members[max(near, key=lambda j: (cosine(latent[i], latent[j]), -j))] += 1
+    return members
 
 
 def reference_logits(
@@ -133,6 +179,7 @@ def reference_logits(
     kept: list[list[int]],
     chunks: list[tuple[int, int]],
     chosen: list[dict[int, list[int]]],
+    policy: Policy = PAPER,
 ) -> Tensor:
     """Logits `[S, V]` of one sample without padding.
 
@@ -141,6 +188,7 @@ def reference_logits(
         kept: `[layer][chunk]`, how many of the visual tokens of the chunk each layer keeps.
         chunks: where the prompts with visual tokens start and end.
         chosen: `[chunk]`, what `watch_selection` saw.
+        policy: the pieces in use.
 
     Raises:
         AssertionError: the choice is not the best by the formulas.
@@ -151,31 +199,47 @@ def reference_logits(
     size = len(ids)
     causal = torch.ones(size, size).tril().bool()
     text_model = model.model.language_model
+    ranked: dict[int, tuple[int, Tensor, list[Tensor]]] = {}
     with torch.no_grad():
         for i, layer in enumerate(text_model.layers):
-            runs = ~visual
+            runs, bias, skipped = ~visual, torch.zeros(size), torch.zeros(size, dtype=torch.bool)
             for c, (start, end) in enumerate(chunks):
                 inside = torch.zeros(size, dtype=torch.bool)
                 inside[start:end] = True
-                score = naive_importance(
-                    layer,
-                    hidden[0, start:end],
-                    selectors.layers[i],
-                    tuple(table[0, start:end] for table in positions),
-                    visual[start:end],
-                    ~visual[start:end],
-                )
-                score = torch.where(visual[start:end], score, -1.0)
-                score = score[visual[start:end]]
+                images = images_of(visual[start:end])
+                selects = 0 < kept[i][c] < int(visual[start:end].sum())
+                held = ranked.get(c)
+                if selects and (held is None or (policy.every and i - held[0] >= policy.every)):
+                    score = naive_importance(
+                        layer,
+                        hidden[0, start:end],
+                        selectors.layers[i],
+                        tuple(table[0, start:end] for table in positions),
+                        visual[start:end],
+                        ~visual[start:end],
+                    )
+                    latent = naive_latent(hidden[0, start:end], selectors.layers[i])
+                    if policy.quality is not None:
+                        score = naive_diverse(score, latent, images, policy.quality)
+                    held = ranked[c] = (i, score, latent)
                 mine = torch.zeros(end - start, dtype=torch.bool)
                 mine[chosen[c].get(i, range(end - start))] = True
                 assert bool(mine[~visual[start:end]].all())
-                mine = mine[visual[start:end]]
+                mine &= visual[start:end]
                 assert int(mine.sum()) == kept[i][c]
-                if 0 < kept[i][c] < len(mine):
-                    assert score[mine].min() >= score[~mine].max() * (1 - 1e-3)
-                runs[start:end][visual[start:end]] = mine
-            mask = torch.zeros(size, size).masked_fill(~(causal & runs), -1e9)[None, None]
+                if selects:
+                    rest = visual[start:end] & ~mine
+                    low, high = held[1][mine].min(), held[1][rest].max()
+                    assert low >= high - 1e-3 * abs(high)
+                    if policy.mass:
+                        where = mine.nonzero()[:, 0].tolist()
+                        for j, count in naive_mass(held[2], images, where).items():
+                            bias[start + j] = math.log(count)
+                runs[start:end] |= mine
+                if kept[i][c] < int(visual[start:end].sum()):
+                    skipped[start:end] = visual[start:end] & ~mine
+            mask = torch.zeros(size, size).masked_fill(~(causal & runs), -1e9) + bias
+            mask = mask[None, None]
             new = layer(
                 hidden,
                 attention_mask=mask,
@@ -183,5 +247,10 @@ def reference_logits(
                 position_ids=None,
                 **{CACHE: None},
             )
+            if policy.carry:
+                carry = selectors.carries[i]
+                for t in skipped.nonzero()[:, 0].tolist():
+                    normed = hidden[0, t] / _length(hidden[0, t], carry.eps)
+                    hidden[0, t] = hidden[0, t] + carry.up @ (carry.down @ normed)
             hidden = torch.where(runs[None, :, None], new, hidden)
         return model.lm_head(text_model.norm(hidden))[0]

@@ -17,7 +17,7 @@ from tiny import (
 from transformers import DynamicCache
 
 from alvts_cli import attach
-from alvts_cli.engine import cache_of
+from alvts_cli.engine import PAPER, cache_of
 
 KEEPS = {"ratio": 0.25, "schedule": [1.0, 0.5, 0.0, 0.25], "count": 3}
 
@@ -27,9 +27,9 @@ def counts(attachment, chunk_tokens):
     return [[kept[0]] * len(chunk_tokens) for kept in attachment.last.kept]
 
 
-def check_generation(model, inputs, keep, family="llava", steps=5):
+def check_generation(model, inputs, keep, family="llava", steps=5, policy=PAPER):
     """Prefill and every decode step equal recomputing the sequence so far from nothing."""
-    selectors = make_selectors(family)
+    selectors = make_selectors(family, policy=policy)
     length = inputs["input_ids"].shape[1]
     with torch.no_grad(), attach(model, selectors, keep) as attachment:
         with watch_selection() as chosen:
@@ -52,7 +52,7 @@ def check_generation(model, inputs, keep, family="llava", steps=5):
         whole["mm_token_type_ids"] = torch.nn.functional.pad(
             inputs["mm_token_type_ids"], (0, steps)
         )
-    expected = reference_logits(model, whole, selectors, kept, [(0, length)], chosen)
+    expected = reference_logits(model, whole, selectors, kept, [(0, length)], chosen, policy)
     torch.testing.assert_close(prefill, expected[:length], rtol=1e-4, atol=1e-4)
     for step, logits in enumerate(out.logits):
         torch.testing.assert_close(logits[0], expected[length - 1 + step], rtol=1e-4, atol=1e-4)

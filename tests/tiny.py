@@ -1,5 +1,6 @@
 """Tiny random models of every family and valid inputs for them, without files or a processor."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from inspect import signature
 from typing import Any
@@ -18,7 +19,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from alvts_cli.engine import LayerSelector
+from alvts_cli.engine import PAPER, Carry, LayerSelector, Picked, Policy
 from alvts_cli.engine.calls import CACHE_NAMES
 from alvts_cli.engine.scoring import PLACES
 
@@ -136,6 +137,9 @@ class Selectors:
     layers: list[LayerSelector | None]
     default_keep: float = 0.25
     schedules: tuple[tuple[float, ...], ...] = ()
+    carries: Sequence[Carry] = ()
+    picked: Sequence[Picked] = ()
+    visual_tokens: int = 0
 
 
 def random_selector(
@@ -162,15 +166,25 @@ def random_selector(
     )
 
 
-def make_selectors(family: str = "llava", rank: int = 3, **more: Any) -> Selectors:
-    """Random selectors that rank tokens very differently from layer to layer."""
+def make_selectors(
+    family: str = "llava", rank: int = 3, policy: Policy = PAPER, **more: Any
+) -> Selectors:
+    """Random selectors that rank tokens very differently from layer to layer; `policy` is what was
+    picked for any keep ratio."""
     generator = torch.Generator().manual_seed(1)
     keys = _TEXT["num_key_value_heads"] * HEAD_SIZES.get(family, 8)
     layers: list[LayerSelector | None] = [
         random_selector(generator, keys, bias=family == "qwen2_5_vl", rank=rank)
         for _ in range(LAYERS)
     ]
-    return Selectors(layers, **more)
+    carries = []
+    if policy.carry:
+        for _ in range(LAYERS):
+            down, up = (
+                torch.randn(*shape, generator=generator) for shape in ((2, WIDTH), (WIDTH, 2))
+            )
+            carries.append(Carry(down * 0.2, up * 0.5, 1e-6))
+    return Selectors(layers, carries=carries, picked=[Picked(0.25, policy)], **more)
 
 
 @dataclass

@@ -1,11 +1,12 @@
 """Selectors with random numbers, for timing a model that has none fitted."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..engine import LayerSelector, default_rank
+from ..engine import Carry, LayerSelector, Picked, default_rank
 from ..engine.scoring import PLACES, UNITS
 from ..families import family_of
 
@@ -20,6 +21,9 @@ class RandomSelectors:
     layers: list[LayerSelector]
     default_keep: float = DEFAULT_KEEP
     schedules: tuple[tuple[float, ...], ...] = ()
+    carries: Sequence[Carry] = ()
+    picked: Sequence[Picked] = ()
+    visual_tokens: int = 0
 
 
 def random_selectors(model: Any) -> RandomSelectors:

@@ -2,32 +2,52 @@
 
 In prefill every decoder layer
 
-1. scores all visual tokens with its selector (`scoring`),
+1. scores all visual tokens with its selector (`scoring`), perhaps less what a more important token
+   says already (`diversity`), or goes on with an earlier layer's choice (`policy`),
 2. picks the `k` best (`selecting`, with `k` from `keep` and `plan`),
-3. runs on these and all text tokens, at their original positions, while the others stay in the
-   residual stream (`merging`, `masks`),
+3. runs on these and all text tokens, at their original positions (`masks`), perhaps weighed by what
+   they stand for (`mass`), while the others stay in the residual stream (`merging`) or get a fitted
+   stand-in for the layer's update (`carry`),
 4. caches the keys and values of what it ran on, and no others (`cache`).
 
-The next layer scores all tokens again. Everything is done by forward hooks (`attach`); nothing of
-the model or of transformers is patched. Another way of ranking tokens is one class with one
-method, a `Scorer`, given to `attach_scorer`.
+The next layer has all tokens to choose from again. `forward` puts that together, and forward hooks
+(`attach`) call it; nothing of the model or of transformers is patched. Another way of ranking
+tokens is one class with one method, a `Scorer`, given to `attach_scorer`.
 """
 
-from .attach import Attachment, Prefill, Scorer, Selectors, attach, attach_scorer, keep_of
+from .attach import (
+    Attachment,
+    Prefill,
+    Selectors,
+    attach,
+    attach_scorer,
+    keep_of,
+    make_pieces,
+    policy_of,
+)
 from .cache import SelectiveLayer, prepare_cache
 from .calls import cache_of
+from .carry import Carry, default_carry_rank
 from .flops import PrefillFlops, kv_bytes, kv_bytes_expected, prefill_flops
+from .forward import Forward, Pieces, Scorer
 from .keep import Keep, KeepArgument, Schedules, Solved, resolve_keep, spend
 from .plan import Plan
+from .policy import PAPER, Picked, Policy, policy_for
 from .scoring import LayerSelector, default_rank, importance
 from .selecting import select
 
 __all__ = [
+    "PAPER",
     "Attachment",
+    "Carry",
+    "Forward",
     "Keep",
     "KeepArgument",
     "LayerSelector",
+    "Picked",
+    "Pieces",
     "Plan",
+    "Policy",
     "Prefill",
     "PrefillFlops",
     "Schedules",
@@ -38,11 +58,15 @@ __all__ = [
     "attach",
     "attach_scorer",
     "cache_of",
+    "default_carry_rank",
     "default_rank",
     "importance",
     "keep_of",
     "kv_bytes",
     "kv_bytes_expected",
+    "make_pieces",
+    "policy_for",
+    "policy_of",
     "prefill_flops",
     "prepare_cache",
     "resolve_keep",

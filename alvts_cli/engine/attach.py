@@ -1,7 +1,7 @@
 """Put the selection into a model with hooks, and take it out again without a trace."""
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -16,13 +16,14 @@ from ..errors import AlvtsError
 from ..families import family_of
 from .cache import SelectiveLayer, prepare_cache
 from .calls import POSITIONS, cache_of, check_layer_call, check_output, warn_if_untested
+from .carry import Carry
 from .compiling import compile_decoder
+from .forward import Forward, Pieces, Scorer, no_phase
 from .keep import Keep, KeepArgument, Schedules, resolve_keep
-from .masks import build_mask, mask_style
-from .merging import gather_hidden, gather_positions, merge
+from .masks import check_bias, mask_style
 from .plan import Plan, make_plan, read_inputs
+from .policy import Picked, Policy, policy_for
 from .scoring import LayerSelector, importance, text_rows
-from .selecting import positions_of, select
 
 _attached: WeakSet[nn.Module] = WeakSet()
 
@@ -36,31 +37,12 @@ class Selectors(Protocol):
     def default_keep(self) -> float: ...
     @property
     def schedules(self) -> Schedules: ...
-
-
-class Scorer(Protocol):
-    """A method of choosing tokens: one number per visual token, in every layer that selects."""
-
-    def importance(
-        self,
-        layer_index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        plan: Plan,
-        layer_kwargs: dict[str, Any],
-    ) -> Tensor:
-        """Importance `[B, T]`, -inf where `plan.visual` is False; the largest are kept.
-
-        Args:
-            layer_index: from 0.
-            layer: the decoder layer about to run.
-            hidden: its input `[B, T, D]`, all tokens; not to be written to, nor to be kept: later
-                layers may write to it.
-            plan: of this forward; a new object for every forward.
-            layer_kwargs: what the layer is called with (`position_embeddings`, ...); not to be
-                written to.
-        """
-        ...
+    @property
+    def carries(self) -> Sequence[Carry]: ...
+    @property
+    def picked(self) -> Sequence[Picked]: ...
+    @property
+    def visual_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -79,26 +61,6 @@ class Prefill:
     def layer_average(self) -> float:
         """Visual tokens kept, mean over layers and samples."""
         return sum(map(sum, self.kept)) / (len(self.kept) * len(self.visual_tokens))
-
-
-@dataclass
-class _Running:
-    """A layer that is running on a selection: what its result is merged with.
-
-    Attributes:
-        hidden: the layer's whole input, `[B, T, D]`.
-        index, valid: as `select` gave them.
-        in_place: whether `hidden` may be written to.
-    """
-
-    hidden: Tensor
-    index: Tensor
-    valid: Tensor | None
-    in_place: bool
-
-
-def _no_phase(name: str) -> AbstractContextManager[object]:
-    return nullcontext()
 
 
 class _SelectorScorer:
@@ -130,6 +92,7 @@ def attach(
     selectors: Selectors,
     keep: KeepArgument | Keep = None,
     *,
+    policy: Policy | None = None,
     compile: bool | Mapping[str, Any] = False,
 ) -> "Attachment":
     """Make `model` select its visual tokens in every layer, until the attachment is detached.
@@ -142,13 +105,15 @@ def attach(
         selectors: fitted for this model.
         keep: see `resolve_keep`; a layer average is spent as the selectors' schedules say, where
             they have any, and None takes their default.
+        policy: which pieces are in use; None takes what calibration picked for this `keep`.
         compile: run the decoder's selecting prefill, and single tokens behind it, through
             `torch.compile`, without graph breaks (see `compiling`); True, or keyword arguments of
             `torch.compile`.
 
     Raises:
         AlvtsError: unknown architecture, sliding windows, an unknown attention implementation,
-            an invalid `keep`, selectors of another model, or a model that is attached already.
+            an invalid `keep`, selectors of another model, selectors without what the policy
+            needs, or a model that is attached already.
     """
     layers: Any = family_of(model).layers(model)
     if len(selectors.layers) != len(layers):
@@ -171,7 +136,51 @@ def attach(
                     f"the selector of layer {i} is for {mine} but the model has {its}; "
                     "use selectors fitted for this model"
                 )
-    return Attachment(model, _SelectorScorer(selectors, layers), resolved, compile)
+    if policy is None:
+        policy = policy_of(selectors, resolved)
+    scorer = _SelectorScorer(selectors, layers)
+    return Attachment(model, scorer, resolved, make_pieces(model, selectors, policy), compile)
+
+
+def policy_of(selectors: Selectors, keep: Keep) -> Policy:
+    """What calibration picked for the layer average of `keep`. A number of tokens is a share of
+    those that a calibration sample has."""
+    values = keep.values
+    tokens = max(1, selectors.visual_tokens)
+    ratios = [min(1.0, v / tokens) if isinstance(v, int) else v for v in values]
+    return policy_for(selectors.picked, sum(ratios) / len(ratios))
+
+
+def make_pieces(model: Any, selectors: Selectors, policy: Policy) -> Pieces:
+    """The tensors that `policy` needs, each where its layer of `model` is.
+
+    Raises:
+        AlvtsError: the selectors do not hold them, or the attention kernel cannot weigh tokens.
+    """
+    family = family_of(model)
+    layers: Any = family.layers(model)
+    text_model: Any = family.text_model(model)
+    norms = [layer.input_layernorm.weight for layer in layers]
+    if policy.mass:
+        check_bias(text_model.config._attn_implementation)
+    compared: list[LayerSelector | None] = []
+    if policy.compares:
+        compared = [
+            selector and selector.to(norm.device, norm.dtype)
+            for selector, norm in zip(selectors.layers, norms, strict=True)
+        ]
+    carries: list[Carry] = []
+    if policy.carry:
+        if len(selectors.carries) != len(norms):
+            raise AlvtsError(
+                "the policy carries what is skipped, but these selectors were fitted without that; "
+                "calibrate again, or choose a policy without carry"
+            )
+        carries = [
+            carry.to(norm.device, norm.dtype)
+            for carry, norm in zip(selectors.carries, norms, strict=True)
+        ]
+    return Pieces(policy, compared, carries)
 
 
 def keep_of(selectors: Selectors, keep: KeepArgument | Keep) -> Keep:
@@ -181,11 +190,14 @@ def keep_of(selectors: Selectors, keep: KeepArgument | Keep) -> Keep:
     return resolve_keep(keep, len(selectors.layers), selectors.schedules, selectors.default_keep)
 
 
-def attach_scorer(model: Any, scorer: Scorer, keep: KeepArgument | Keep) -> "Attachment":
-    """`attach` for any other way of ranking tokens; the same errors."""
+def attach_scorer(
+    model: Any, scorer: Scorer, keep: KeepArgument | Keep, pieces: Pieces | None = None
+) -> "Attachment":
+    """`attach` for any other way of ranking tokens; the same errors. `pieces` come from
+    `make_pieces`; without them what is skipped is left alone."""
     if not isinstance(keep, Keep):
         keep = resolve_keep(keep, len(family_of(model).layers(model)))
-    return Attachment(model, scorer, keep)
+    return Attachment(model, scorer, keep, pieces)
 
 
 class Attachment:
@@ -206,6 +218,7 @@ class Attachment:
         model: Any,
         scorer: Scorer,
         keep: Keep,
+        pieces: Pieces | None = None,
         compile: bool | Mapping[str, Any] = False,
     ) -> None:
         family = family_of(model)
@@ -217,6 +230,7 @@ class Attachment:
         self._config = text_model.config
         self._scorer = scorer
         self._keep = keep
+        self._pieces = pieces or Pieces()
         mask_style(self._config._attn_implementation)
         if any(weight.device.type == "meta" for weight in self._backbone.parameters()):
             raise AlvtsError(
@@ -228,7 +242,7 @@ class Attachment:
         warn_if_untested()
 
         self.last: Prefill | None = None
-        self.phase: Callable[[str], AbstractContextManager[object]] = _no_phase
+        self.phase: Callable[[str], AbstractContextManager[object]] = no_phase
         self._forget()
 
         self._uncompile: Callable[[], None] | None = None
@@ -279,22 +293,23 @@ class Attachment:
 
     def _forget(self) -> None:
         """Drop the state of a forward."""
-        self._plan: Plan | None = None
+        self._forward: Forward | None = None
         self._cache: Any = None
         self._first_hidden: Tensor | None = None
-        self._running: _Running | None = None
         self._in_layer: AbstractContextManager[object] | None = None
         self._merged: Tensor | None = None
 
     def _plan_to_compile(self) -> Plan | None:
         """The running forward's plan if it selects or decodes, and nobody watches its phases."""
-        plan = self._plan
-        if plan is None or self.phase is not _no_phase:
+        if self._forward is None or self.phase is not no_phase:
             return None
+        plan = self._forward.plan
         return plan if plan.keep_counts or plan.tokens == 1 else None
 
     def _set_plan(self, plan: Plan) -> None:
-        self._plan = plan
+        self._forward = Forward(
+            plan, self._scorer, self._pieces, self._config._attn_implementation, self.phase
+        )
 
     def _before_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -307,7 +322,8 @@ class Attachment:
             prepare_cache(cache, self._num_layers, kwargs.get("attention_mask"))
         input_ids, mask = read_inputs(args, kwargs)
         visual = self._family.visual_mask(self._model, input_ids)
-        self._plan = plan = make_plan(input_ids, visual, mask, self._keep)
+        plan = make_plan(input_ids, visual, mask, self._keep)
+        self._set_plan(plan)
         if plan.keep_counts:
             self.last = Prefill(plan.visual_counts, plan.keep_counts)
 
@@ -324,47 +340,26 @@ class Attachment:
     def _before_layer(
         self, i: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        plan = self._plan
+        forward = self._forward
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        if plan is None or hidden.shape[1] != plan.tokens:
+        if forward is None or hidden.shape[1] != forward.plan.tokens:
             raise AlvtsError(
                 "the decoder was given tokens that alvts did not see in input_ids; call the whole "
                 "model with input_ids, or detach first"
             )
+        plan = forward.plan
         # A model spread over devices hands a layer what the device before computed.
         hidden = hidden.to(layer.input_layernorm.weight.device)
-        plan.move(hidden.device)
-        check_layer_call(args, kwargs, plan.tokens, plan.selects(i))
+        selects = plan.selects(i)
+        check_layer_call(args, kwargs, plan.tokens, selects)
         past = self._cache_layer(i, cache_of(kwargs))
-        if not plan.selects(i):
-            plain = past is None or past.plain
-            valid = plan.real()
-            mask = None if plain else self._mask(hidden, past, valid)
-            if past is not None:
-                past.expect(plan.tokens, valid, plain=True)
-            self._enter_layer(plan)
-            # The model's own mask fits a layer that has skipped nothing so far.
-            return None if plain else (args, {**kwargs, "attention_mask": mask})
-
-        index, valid = self._select(i, layer, hidden, plan, kwargs)
-        self._running = _Running(hidden, index, valid, self._only_ours(i, hidden))
-        if i == 0:
+        if i == 0 and selects:
             self._first_hidden = hidden
-        with self.phase("select"):
-            chosen = gather_hidden(hidden, index)
-            positions = gather_positions(kwargs[POSITIONS], index)
-            mask = self._mask(chosen, past, valid)
-        if past is not None:
-            past.expect(plan.tokens, valid, plain=False)
-        kwargs = {
-            **kwargs,
-            "attention_mask": mask,
-            POSITIONS: positions,
-            # The rotary tables carry the positions. FlashAttention would take ids with gaps for
-            # several packed sequences.
-            "position_ids": None,
-        }
+        changed = forward.before(i, layer, hidden, kwargs, past, self._only_ours(i, hidden))
         self._enter_layer(plan)
+        if changed is None:
+            return None
+        chosen, kwargs = changed
         if args:
             return (chosen, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": chosen}
@@ -375,12 +370,9 @@ class Attachment:
         if self._in_layer is not None:
             self._in_layer.__exit__(None, None, None)
             self._in_layer = None
-        running, self._running = self._running, None
-        if running is None:
-            return None
-        with self.phase("merge"):
-            merged = merge(running.hidden, running.index, output, running.valid, running.in_place)
-        self._merged = merged
+        merged = None if self._forward is None else self._forward.after(output)
+        if merged is not None:
+            self._merged = merged
         return merged
 
     def _enter_layer(self, plan: Plan) -> None:
@@ -388,7 +380,7 @@ class Attachment:
 
         Not without anyone to see it: torch.compile takes no context that ends in another function.
         """
-        if plan.keep_counts and self.phase is not _no_phase:
+        if plan.keep_counts and self.phase is not no_phase:
             self._in_layer = self.phase("layer")
             self._in_layer.__enter__()
 
@@ -414,29 +406,3 @@ class Attachment:
             prepare_cache(cache, self._num_layers)
             self._cache = cache
         return cache.layers[i]
-
-    def _mask(
-        self, hidden: Tensor, past: SelectiveLayer | None, valid: Tensor | None
-    ) -> Tensor | None:
-        return build_mask(
-            self._config._attn_implementation,
-            hidden,
-            0 if past is None else past.slots,
-            None if past is None else past.valid,
-            valid,
-        )
-
-    def _select(
-        self, i: int, layer: nn.Module, hidden: Tensor, plan: Plan, kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Positions `[B, K]` to run on, and which are real (None: all)."""
-        lengths = plan.lengths(i)
-        if plan.ranks(i):
-            with self.phase("score"):
-                scores = self._scorer.importance(i, layer, hidden, plan, kwargs)
-            with self.phase("select"):
-                index, valid = select(scores, plan.keep_tensor[i], plan.text, max(lengths))
-        else:
-            with self.phase("select"):
-                index, valid = positions_of(plan.text, max(lengths))
-        return index, None if min(lengths) == max(lengths) else valid

@@ -1,5 +1,6 @@
 """A cache layer that holds only what its decoder layer ran on."""
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -19,6 +20,8 @@ class SelectiveLayer(DynamicLayer):
         seen: tokens that went by, held or not.
         valid: bool `[B, slots]`, False at slots that fill a shorter sample; None when all are
             real.
+        bias: `[B, slots]`, what the logits of each slot get, in the dtype of the keys; None for
+            nothing.
         plain: True while it holds everything it has seen, slot for slot.
     """
 
@@ -28,8 +31,9 @@ class SelectiveLayer(DynamicLayer):
         super().__init__()
         self.seen = 0
         self.valid: Tensor | None = None
+        self.bias: Tensor | None = None
         self.plain = True
-        self._expected: tuple[int, Tensor | None, bool] | None = None
+        self._expected: tuple[int, Tensor | None, Tensor | None, bool] | None = None
 
     @classmethod
     def holding(cls, layer: Any) -> "SelectiveLayer":
@@ -48,23 +52,38 @@ class SelectiveLayer(DynamicLayer):
             return 0
         return self.keys.shape[-2]
 
-    def expect(self, seen: int, valid: Tensor | None, plain: bool) -> None:
+    def expect(
+        self, seen: int, valid: Tensor | None, plain: bool, bias: Tensor | None = None
+    ) -> None:
         """Say what the coming `update` brings.
 
         Args:
             seen: tokens the forward has, including those that skip this layer.
             valid: bool `[B, new slots]`, or None when all of them are real.
             plain: whether the update holds all of the `seen` tokens, in order.
+            bias: `[B, new slots]`, or None for none.
         """
-        self._expected = (seen, valid, plain)
+        self._expected = (seen, valid, bias, plain)
+
+    def whole_bias(self, batch: int, new: int, bias: Tensor | None) -> Tensor | None:
+        """The `bias` of all slots after an update with `new` more, `[B, slots + new]`; None where
+        neither they nor those before have any."""
+        if bias is None and self.bias is None:
+            return None
+        if self.bias is None:
+            assert bias is not None
+            return torch.cat([bias.new_zeros(batch, self.slots), bias], dim=1)
+        more = self.bias.new_zeros(batch, new) if bias is None else bias.to(self.bias)
+        return torch.cat([self.bias, more], dim=1)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append `[B, H, new, d]` keys and values; without `expect`, `new` plain tokens."""
         new = key_states.shape[-2]
-        seen, valid, plain = self._expected or (new, None, True)
+        seen, valid, bias, plain = self._expected or (new, None, None, True)
         self._expected = None
+        self.bias = self.whole_bias(key_states.shape[0], new, bias)
         if valid is not None or self.valid is not None:
             batch, device = key_states.shape[0], key_states.device
             before, after = self.valid, valid
@@ -89,25 +108,27 @@ class SelectiveLayer(DynamicLayer):
         """Empty the layer."""
         self.keys = self.values = None
         self.is_initialized = False
-        self.seen, self.valid, self.plain, self._expected = 0, None, True, None
+        self.seen, self.valid, self.bias, self.plain, self._expected = 0, None, None, True, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Follow the beams."""
         super().reorder_cache(beam_idx)
-        if self.valid is not None:
-            self.valid = self.valid.index_select(0, beam_idx.to(self.valid.device))
+        self._samples(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample."""
         super().batch_repeat_interleave(repeats)
-        if self.valid is not None:
-            self.valid = self.valid.repeat_interleave(repeats, dim=0)
+        self._samples(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some samples."""
         super().batch_select_indices(indices)
-        if self.valid is not None:
-            self.valid = self.valid[indices]
+        self._samples(lambda rows: rows[indices])
+
+    def _samples(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Do with what is known of the slots as with the slots."""
+        self.valid = None if self.valid is None else change(self.valid)
+        self.bias = None if self.bias is None else change(self.bias)
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Always refused, a crop by nothing too, so that a run does not fail halfway by chance."""

@@ -23,12 +23,26 @@ def mask_style(implementation: str) -> str:
     )
 
 
+def check_bias(implementation: str) -> None:
+    """Refuse an attention kernel that cannot add a number to a key's logits.
+
+    Raises:
+        AlvtsError: it is FlashAttention.
+    """
+    if mask_style(implementation) == "flash":
+        raise AlvtsError(
+            f"attn_implementation={implementation!r} cannot weigh tokens by what they stand for, "
+            "as these selectors want at this keep ratio; load the model with sdpa or eager"
+        )
+
+
 def build_mask(
     implementation: str,
     hidden: Tensor,
     past_slots: int,
     past_valid: Tensor | None,
     valid: Tensor | None,
+    bias: Tensor | None = None,
 ) -> Tensor | None:
     """The causal mask of a layer that runs on `hidden`, behind `past_slots` cached keys.
 
@@ -38,12 +52,14 @@ def build_mask(
         past_slots: keys in the layer's cache before this forward.
         past_valid: bool `[B, past_slots]`, False at fill; None when all are real.
         valid: bool `[B, Q]`, False at fill; None when all are real.
+        bias: `[B, past_slots + Q]`, added to the logits of every key; None for none.
 
     Returns:
         None wherever the implementation's own causal path is right (nothing filled, and no past
         or a single row), so that the fast kernels are used. Else for sdpa bool, for eager
         additive in the dtype of `hidden`, both `[B or 1, 1, Q, past + Q]`; for FlashAttention
-        bool `[B, past + Q]`. A fill row sees itself, so no row is empty and no nan arises.
+        bool `[B, past + Q]`. A fill row sees itself, so no row is empty and no nan arises. With a
+        bias, additive for sdpa too; FlashAttention has no place for one, see `check_bias`.
     """
     style = mask_style(implementation)
     batch, rows, _ = hidden.shape
@@ -58,14 +74,17 @@ def build_mask(
         return real
     # With a past, sdpa's own causal mask is aligned to the first key: it would be wrong.
     own_causal = rows == 1 or (style == "sdpa" and past_slots == 0)
-    if real is None and own_causal:
+    if real is None and own_causal and bias is None:
         return None
+    added = None if bias is None else bias.to(hidden)[:, None, None]
+    if real is None and rows == 1:
+        return added
     key = torch.arange(past_slots + rows, device=hidden.device)
     row = key[past_slots:, None]
     allowed = (key <= row)[None, None]
     if real is not None:
         allowed = (allowed & real[:, None, None, :]) | (key == row)
-    if style == "sdpa":
+    if style == "sdpa" and added is None:
         return allowed
-    additive = torch.zeros_like(allowed, dtype=hidden.dtype)
+    additive = torch.zeros_like(allowed, dtype=hidden.dtype) if added is None else added
     return additive.masked_fill(~allowed, torch.finfo(hidden.dtype).min)

@@ -26,6 +26,9 @@ class Plan:
         asking_index, asking_valid: `[B, M']`, the text that sees an image, as `positions_of` has
             it; empty when there is no visual token.
         places: as `scoring.places`; empty likewise.
+        images: int64 `[B, T]`: of every token, how many images have begun in its sample. Visual
+            tokens without a text token between them are one image. Empty likewise.
+        several: whether any sample has more than one image.
     """
 
     tokens: int
@@ -39,6 +42,8 @@ class Plan:
     asking_index: Tensor
     asking_valid: Tensor
     places: Tensor
+    images: Tensor
+    several: bool
 
     def selects(self, layer: int) -> bool:
         """Whether a visual token skips this layer."""
@@ -59,6 +64,7 @@ class Plan:
         self.asking_index = self.asking_index.to(device)
         self.asking_valid = self.asking_valid.to(device)
         self.places = self.places.to(device)
+        self.images = self.images.to(device)
 
     def real(self) -> Tensor | None:
         """bool `[B, T]`, False at padding; None when nothing is padded."""
@@ -101,13 +107,16 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
     if tokens == 1:
         text = torch.ones_like(visual)
         none = input_ids.new_empty(0)
-        return Plan(tokens, ~text, text, False, (), (), (), none, none, none, none)
+        return Plan(tokens, ~text, text, False, (), (), (), none, none, none, none, none, False)
     real = torch.ones_like(visual)
     if attention_mask is not None:
         real = attention_mask[:, -tokens:].to(visual.device, torch.bool)
     visual, text = visual & real, real & ~visual
     rows = asking(visual, text)
-    *sums, asked = torch.stack([mask.sum(dim=1) for mask in (visual, text, rows)]).tolist()
+    begins = visual.clone()
+    begins[:, 1:] &= ~visual[:, :-1]
+    masks = (visual, text, rows, begins)
+    *sums, asked, begun = torch.stack([mask.sum(dim=1) for mask in masks]).tolist()
     samples = [(n, m) for n, m in zip(*sums, strict=True)]
     keep_counts: tuple[tuple[int, ...], ...] = ()
     if any(n > 0 for n, _ in samples):
@@ -115,10 +124,11 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
             tuple(max(keep.count(layer, n), int(n > 0 and m == 0)) for n, m in samples)
             for layer in range(len(keep.values))
         )
-    index = valid = place = input_ids.new_empty(0)
+    index = valid = place = images = input_ids.new_empty(0)
     if keep_counts:
         index, valid = positions_of(rows, max(asked))
         place = places(visual)
+        images = begins.cumsum(dim=1)
     return Plan(
         tokens,
         visual,
@@ -131,4 +141,6 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
         index,
         valid,
         place,
+        images,
+        max(begun) > 1,
     )

@@ -198,11 +198,20 @@ def means(
     `S_V2V` is scaled to a sum of 1, and 0 where not visual. `S_T2V` is that of all columns, and 1
     in a sample without text.
     """
-    scale = torch.rsqrt(_norm(hidden).square() / hidden.shape[-1] + selector.eps)
-    latent = functional.linear(hidden, selector.down) * scale
+    latent = latent_of(hidden, selector)
     from_text = _text_mean(latent.to(hidden.dtype), selector, rows, positions, real)
     from_text = torch.where(rows.valid.any(dim=1, keepdim=True), from_text, 1.0)
     return _visual_mean(selector, latent.float(), visual, place), from_text
+
+
+def latent_of(hidden: Tensor, selector: LayerSelector) -> Tensor:
+    """`z = V n(x)` of every token of `hidden` `[B, T, D]`: float32 `[B, T, R]`."""
+    return functional.linear(hidden, selector.down) * inverse_rms(hidden, selector.eps)
+
+
+def inverse_rms(hidden: Tensor, eps: float) -> Tensor:
+    """What an RMSNorm scales the rows of `hidden` `[B, T, D]` by: float32 `[B, T, 1]`."""
+    return torch.rsqrt(_norm(hidden).square() / hidden.shape[-1] + eps)
 
 
 def _visual_mean(selector: LayerSelector, latent: Tensor, visual: Tensor, place: Tensor) -> Tensor:

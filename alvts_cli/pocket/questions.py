@@ -54,6 +54,17 @@ def ask_kind(scene: Scene, kind: str, rng: random.Random) -> Question | None:
     return None if made is None else Question(kind, *made)
 
 
+def describe(scene: Scene) -> Question:
+    """A request for all there is, and the answer: every thing in reading order. Pocket was never
+    asked this (it is not one of `KINDS`); smol was."""
+    things = sorted(scene.things, key=lambda thing: (thing.row, thing.column))
+    said = [
+        f"a {thing.color} {thing.shape}" + ("" if thing.digit is None else f" with a {thing.digit}")
+        for thing in things
+    ]
+    return Question("describe", "describe the picture.", ", ".join(said))
+
+
 def _names(scene: Scene, thing: Thing) -> list[str]:
     """The descriptions that fit `thing` and nothing else in the scene."""
     names = [f"{thing.color} {thing.shape}"]

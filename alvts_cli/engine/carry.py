@@ -1,0 +1,51 @@
+"""What becomes of the tokens that skip a layer: a fitted stand-in for the layer's update.
+
+A token that skips layers stays as it was, and a later layer meets a state that no token has at
+that depth. Some models take no harm; in others its keys and values are poison (see
+`calibration/policy.py`). So a skipped token gets `x + U V n(x)`, with the layer's input RMSNorm
+`n`: the update that the layer would have made, as far as a linear map of low rank can tell.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .scoring import inverse_rms
+
+
+@dataclass(frozen=True)
+class Carry:
+    """The fitted update of one layer.
+
+    Attributes:
+        down: `[R, D]`, `V` with the norm weight folded in.
+        up: `[D, R]`, `U`.
+        eps: of the layer's input RMSNorm.
+    """
+
+    down: Tensor
+    up: Tensor
+    eps: float
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Carry":
+        """A copy for a layer's device and dtype."""
+        return replace(self, down=self.down.to(device, dtype), up=self.up.to(device, dtype))
+
+
+def default_carry_rank(hidden_size: int) -> int:
+    """`R` of the carried update: a 32nd of the width, and no less than 32 (measured in
+    `calibration/policy.py`)."""
+    return min(hidden_size, max(32, hidden_size // 32))
+
+
+def carried(hidden: Tensor, carry: Carry, in_place: bool) -> Tensor:
+    """`hidden` `[B, T, D]` with the fitted update added to every token.
+
+    What ran through the layer is put over it afterwards. `in_place` is for a `hidden` that nobody
+    else holds on to.
+    """
+    latent = functional.linear(hidden, carry.down) * inverse_rms(hidden, carry.eps).to(hidden.dtype)
+    update = functional.linear(latent, carry.up)
+    return hidden.add_(update) if in_place else hidden + update

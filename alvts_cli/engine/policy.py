@@ -1,0 +1,79 @@
+"""How a layer's tokens are chosen and what becomes of the others: which pieces are in use."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import AlvtsError
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A combination of pieces; without arguments, the method of the paper.
+
+    Attributes:
+        every: a choice holds for so many layers, then the next one ranks all tokens again; 0: the
+            first choice holds to the end.
+        quality: with a number, tokens are to differ from each other too (see `diversity`): the
+            exponent of importance there; None ranks by importance alone.
+        mass: a kept token counts for those that it stands for (see `mass`).
+        carry: skipped tokens get the layer's fitted update instead of none (see `carry`).
+    """
+
+    every: int = 1
+    quality: float | None = None
+    mass: bool = False
+    carry: bool = False
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            AlvtsError: a number out of range.
+        """
+        if self.every < 0:
+            raise AlvtsError(f"a choice holds for 0 (all) or more layers, not {self.every}")
+        if self.quality is not None and not (math.isfinite(self.quality) and self.quality > 0):
+            raise AlvtsError(f"the exponent of importance must be above 0, not {self.quality}")
+
+    @property
+    def compares(self) -> bool:
+        """Whether tokens are compared with each other."""
+        return self.quality is not None or self.mass
+
+    def __str__(self) -> str:
+        often = "once" if self.every == 0 else "in each layer"
+        parts = [f"chosen {often if self.every < 2 else f'in every {self.every} layers'}"]
+        if self.quality is not None:
+            parts.append(f"diverse (importance^{self.quality:g})")
+        parts += [name for name in ("mass", "carry") if getattr(self, name)]
+        return ", ".join(parts)
+
+
+PAPER = Policy()
+"""Each layer chooses the most important tokens; what is skipped stays as it is."""
+
+
+@dataclass(frozen=True)
+class Picked:
+    """The policy that calibration picked for a keep ratio.
+
+    Attributes:
+        keep: ratio of visual tokens in every layer.
+        policy: the one picked.
+    """
+
+    keep: float
+    policy: Policy
+
+
+def policy_for(picked: Sequence[Picked], keep: float) -> Policy:
+    """What was picked for the nearest ratio, by their quotient; `PAPER` where nothing was.
+
+    Args:
+        picked: in any order.
+        keep: ratio of visual tokens, mean over layers; above 0.
+    """
+    if not picked:
+        return PAPER
+    nearest = min(picked, key=lambda one: abs(math.log(one.keep / max(keep, 1e-9))))
+    return nearest.policy

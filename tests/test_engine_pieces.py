@@ -1,0 +1,145 @@
+"""Diversity, mass, carry, and choices that hold for several layers: each against the formulas, in
+prefill, cache and decode, in batches, over several images and turns."""
+
+import pytest
+import torch
+from reference import reference_logits, watch_selection
+from test_engine_batch import fresh, prompts
+from test_engine_reference import check_generation, counts
+from tiny import CACHE, FAMILIES, LAYERS, Prompt, make_inputs, make_model, make_selectors, one_image
+
+from alvts_cli import AlvtsError, attach
+from alvts_cli.engine import Policy, cache_of, make_pieces
+
+POLICIES = {
+    "diverse": Policy(quality=0.3),
+    "mass": Policy(mass=True),
+    "carry": Policy(carry=True),
+    "all": Policy(quality=0.3, mass=True, carry=True),
+    "once": Policy(every=0, quality=0.6, mass=True),
+    "every2": Policy(every=2, quality=0.3, mass=True, carry=True),
+}
+KEEPS = {"ratio": 0.25, "schedule": [1.0, 0.5, 0.0, 0.25]}
+every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("keep", KEEPS.values(), ids=KEEPS)
+@every_policy
+def test_generation_equals_the_reference(policy, keep, attn):
+    model = make_model("llava", attn)
+    check_generation(model, make_inputs(model, one_image("llava")), keep, policy=policy)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family):
+    model = make_model(family)
+    inputs = make_inputs(model, one_image(family))
+    check_generation(model, inputs, 0.25, family, policy=POLICIES["all"])
+
+
+@every_policy
+def test_images_are_not_compared_with_each_other(policy):
+    model = make_model("llava")
+    # A text token between them; the same picture twice, so that a mistake would be large.
+    inputs = make_inputs(model, Prompt([1, 5, 9, 12, 33, 47], [(16, 16), (16, 16)]))
+    check_generation(model, inputs, 0.25, policy=policy)
+
+
+@every_policy
+def test_batch_equals_singles(policy):
+    model = make_model("qwen2_5_vl")
+    selectors = make_selectors("qwen2_5_vl", policy=policy)
+    samples = prompts("qwen2_5_vl")
+    batch = make_inputs(model, *samples)
+    longest = batch["input_ids"].shape[1]
+    more = dict(max_new_tokens=4, do_sample=False, num_beams=2)
+    with torch.no_grad(), attach(model, selectors, 0.25):
+        whole = fresh(model)(**batch).logits
+        together = fresh(model).generate(**batch, **more)
+        for b, sample in enumerate(samples):
+            inputs = make_inputs(model, sample)
+            length = inputs["input_ids"].shape[1]
+            one = fresh(model)(**inputs).logits[0]
+            torch.testing.assert_close(whole[b, longest - length :], one, rtol=1e-4, atol=1e-4)
+            alone = fresh(model).generate(**inputs, **more)
+            assert together[b, longest:].tolist()[:2] == alone[0, length:].tolist()[:2]
+
+
+@every_policy
+def test_a_second_image_in_a_later_turn(policy):
+    model = make_model("llava")
+    selectors = make_selectors(policy=policy)
+    first = make_inputs(model, one_image("llava"))
+    second = make_inputs(model, one_image("llava", seed=3))
+    start = first["input_ids"].shape[1]
+    ids = torch.cat([first["input_ids"], second["input_ids"]], dim=1)
+    pixels = torch.cat([first["pixel_values"], second["pixel_values"]])
+    whole = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad(), attach(model, selectors, keep=0.25) as attachment:
+        with watch_selection() as chosen:
+            cache = cache_of(model(**first))
+            turn = {**second, "attention_mask": whole["attention_mask"]}
+            logits = model(**turn, **{CACHE: cache}).logits[0]
+        kept = counts(attachment, [0, 1])
+    end = ids.shape[1]
+    chunks = [(0, start), (start, end)]
+    expected = reference_logits(model, whole, selectors, kept, chunks, chosen, policy)
+    torch.testing.assert_close(logits, expected[start:], rtol=1e-4, atol=1e-4)
+
+
+@every_policy
+def test_keeping_everything_is_dense_bit_for_bit(policy):
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        with attach(model, make_selectors(policy=policy), 1.0):
+            assert torch.equal(model(**inputs).logits, dense)
+
+
+@pytest.mark.parametrize(("every", "rankings"), [(0, 1), (1, LAYERS), (2, LAYERS // 2)])
+def test_a_choice_that_holds_is_made_once(every, rankings):
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    ranked = []
+    with torch.no_grad(), attach(model, make_selectors(policy=Policy(every=every)), 0.25) as made:
+        score = made._scorer.importance
+        made._scorer.importance = lambda *args: ranked.append(args[0]) or score(*args)
+        with watch_selection() as chosen:
+            model(**inputs)
+    assert len(ranked) == rankings
+    assert len({tuple(index) for index in chosen[0].values()}) == rankings
+
+
+def test_compiled_equals_eager():
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    selectors = make_selectors(policy=POLICIES["every2"])
+    found = []
+    for compile in (False, {"backend": "aot_eager"}):
+        with torch.no_grad(), attach(model, selectors, 0.25, compile=compile):
+            out = model(**inputs)
+            token = out.logits[:, -1:].argmax(-1)
+            again = model(input_ids=token, **{CACHE: cache_of(out)}).logits
+        found.append(torch.cat([out.logits, again], dim=1))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_mass_is_refused_where_no_number_can_be_added_to_a_logit():
+    model = make_model("llava")
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(AlvtsError, match="sdpa or eager"):
+        make_pieces(model, make_selectors(policy=POLICIES["mass"]), POLICIES["mass"])
+
+
+def test_carry_is_refused_where_none_was_fitted():
+    model = make_model("llava")
+    with pytest.raises(AlvtsError, match="fitted without"):
+        attach(model, make_selectors(), 0.25, policy=POLICIES["carry"])
+
+
+@pytest.mark.parametrize("wrong", [{"every": -1}, {"quality": 0.0}, {"quality": float("nan")}])
+def test_policies_out_of_range(wrong):
+    with pytest.raises(AlvtsError):
+        Policy(**wrong)
