@@ -483,7 +483,7 @@ def _carries(tensors: dict[str, Tensor], metadata: dict[str, Any], path: Path) -
                 )
             pair[f"carry.{i}.{name}"] = tensor
         _check_finite(pair, path)
-        found.append(Carry(*pair.values(), eps))
+        found.append(Carry(pair[f"carry.{i}.down"], pair[f"carry.{i}.up"], eps))
     return tuple(found)
 
 

@@ -21,6 +21,7 @@ from .commands.info import info
 from .commands.models import models
 from .commands.pocket import pocket
 from .commands.run import run
+from .commands.smol import smol
 from .errors import AlvtsError
 
 
@@ -118,6 +119,7 @@ app.command("eval", epilog=EVAL_EPILOG)(evaluate)
 app.command()(info)
 app.command()(models)
 app.add_typer(pocket, name="pocket")
+app.add_typer(smol, name="smol")
 
 
 def main() -> None:

@@ -28,8 +28,12 @@ class Known:
     family: str
 
 
+OURS = ("pocket", "smol")
+"""Those that come with alvts and not from a hub."""
+
 KNOWN = {
     "pocket": Known("(ships with alvts)", "LLaVA"),
+    "smol": Known("(alvts smol fetch)", "LLaVA"),
     "llava-1.5-7b": Known("llava-hf/llava-1.5-7b-hf", "LLaVA"),
     "llava-1.5-13b": Known("llava-hf/llava-1.5-13b-hf", "LLaVA"),
     "llava-next-7b": Known("llava-hf/llava-v1.6-vicuna-7b-hf", "LLaVA-NeXT"),
@@ -142,6 +146,12 @@ def resolve_name(name: str) -> str:
         if not (WEIGHTS / "config.json").is_file():
             raise AlvtsError("the weights of pocket are not in this installation; reinstall alvts")
         return str(WEIGHTS)
+    if name == "smol":
+        from .smol.fetch import smol_folder
+
+        if not smol_folder().is_dir():
+            raise AlvtsError("smol is not on this machine yet; run: alvts smol fetch")
+        return str(smol_folder())
     if name in KNOWN:
         return KNOWN[name].hub_id
     folder = Path(name)

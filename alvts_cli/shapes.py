@@ -130,6 +130,12 @@ def _qwen(tied: bool, **text: Any) -> Any:
     )
 
 
+def _smol() -> Any:
+    from .smol.build import make_config
+
+    return make_config()
+
+
 def _pocket() -> Any:
     from .pocket.build import make_config
 
@@ -168,6 +174,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
         num_key_value_heads=4,
     ),
     "pocket": _pocket,
+    "smol": _smol,
 }
 
 

@@ -6,9 +6,9 @@
    - `initialise` starts the factors from a truncated SVD,
    - `align` moves them until the importance they give matches `S*`,
    - recall is measured on samples that were not fitted,
-   - `budget` measures what the model's answers (`answers`) lose when this layer keeps less,
    - `checkpoint` keeps the finished layer, and the layer itself makes the next one's input.
-3. `refine` finds schedules: how many tokens each layer keeps for a given average.
+3. `carry` fits what skipped tokens are carried on with, and `policy` tries what keeps the most of
+   the model's answers (`answers`).
 4. `run` puts it together into an `alvts_cli.artifact.Artifact`; `report` makes the tables.
 
 Nothing in `alvts_cli.engine` knows of this package.

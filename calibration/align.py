@@ -97,9 +97,9 @@ def align(
     chosen tokens hold. 224 scenes fitted and 32 held out where nothing else is said; `*`: 128 other
     scenes held out. The rows "as it is here" are repeated, for any rank, steps and rate, by
 
-        alvts calibrate --no-budget --rank 24      (prints the recall of every layer)
+        alvts calibrate --rank 24                  (prints the recall of every layer)
         calibrate(model, processor, read_data("pocket", None, 256, 0),
-                  Settings(rank=24, steps=200, budget=False)).calibration.mean
+                  Settings(rank=24, steps=200)).calibration.mean
 
     and the others were measured with scripts that are not kept.
 
@@ -146,8 +146,8 @@ def align(
       4, 2, 1 of them, evenly spaced: .901, .884, .842, .783, .678, .532 (all: .901; 64 other
       scenes).
     - Recall is not accuracy: `S*` itself as the choice answers no better than the paper's form
-      fitted by KL (see `budget`), and nor does this one: under schedules found for the former, 390
-      questions, +1.3 points (-.3 to +2.8) at 11 %, -2.1 (-4.4 to +.3) at 5 %.
+      fitted by KL (see the README), and nor does this one: under schedules found for the former,
+      390 questions, +1.3 points (-.3 to +2.8) at 11 %, -2.1 (-4.4 to +.3) at 5 %.
     - Fitting each layer on hidden states of a model whose earlier layers already select (the
       paper's form, two seeds, 390 questions each): -.3 points (-1.5 to +1.0) under the schedule
       for 11 %, +1.4 (-.9 to +3.7) under a uniform 11 %. Not adopted: the selectors would be good

@@ -1,49 +1,51 @@
-"""The dense model's own answers, and what of them is left when layers keep less."""
+"""The dense model's own answers, and what of them is left when its layers keep less."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alvts_cli.engine import LayerSelector, importance, select
-from alvts_cli.engine.merging import gather_hidden, gather_positions, merge
-from alvts_cli.engine.scoring import asking, places, text_rows
-from alvts_cli.engine.selecting import positions_of
+from alvts_cli.engine import Policy, Selectors, attach
+from alvts_cli.engine.calls import going_on
 from alvts_cli.errors import AlvtsError
 from alvts_cli.prompts import padding_token
 
-from .capture import Captured, capture, run_layer
 
-BATCH_TOKENS = 16384
-"""Tokens that go through a layer at once, at most, unless one sample has more."""
-
-
-@dataclass
+@dataclass(frozen=True)
 class Answered:
-    """A prompt with the dense model's own answer behind it.
+    """A prompt with the dense model's own answer.
 
     Attributes:
-        sample: hidden states and positions of prompt and answer, without the answer's last token.
-        answer: tokens of the answer; the last so many rows predict them.
+        inputs: a batch of one, as the model takes it.
+        answer: int64 `[1, A]`, its tokens.
+        dense: log-probabilities `[A, V]`, float32, on the CPU.
     """
 
-    sample: Captured
-    answer: int
+    inputs: dict[str, Any]
+    answer: Tensor
+    dense: Tensor
 
-    @property
-    def asked(self) -> Tensor:
-        """bool `[1, T]`: the text of the prompt. The answer's tokens neither score nor are scored,
-        as in decoding."""
-        asked = ~self.sample.visual
-        asked[:, asked.shape[1] - self.answer + 1 :] = False
-        return asked
+
+@dataclass(frozen=True)
+class Kept:
+    """What is left of the answers.
+
+    Attributes:
+        loss: KL of the answers' tokens to the dense model's, in nats, mean over tokens, then over
+            samples.
+        same: share of the answers that are the dense model's own, token for token.
+    """
+
+    loss: float
+    same: float
 
 
 @torch.no_grad()
 def answered(model: Any, inputs: Any, new_tokens: int) -> Answered:
-    """Let the dense model answer greedily, and capture what reaches layer 0 of both.
+    """Let the dense model answer greedily.
 
     Args:
         model: of a known family.
@@ -62,106 +64,60 @@ def answered(model: Any, inputs: Any, new_tokens: int) -> Answered:
         top_p=None,
         top_k=None,
         repetition_penalty=1.0,
-        return_dict_in_generate=False,
+        return_dict_in_generate=True,
+        output_logits=True,
     )
-    answer = output.shape[1] - prompt
-    whole = dict(inputs)
-    whole["input_ids"] = output[:, :-1]
-    # One number per token: text is 1 in the attention mask and 0 among the kinds of token.
-    for name, value in (("attention_mask", 1), ("mm_token_type_ids", 0)):
-        if name in whole:
-            whole[name] = torch.nn.functional.pad(whole[name], (0, answer - 1), value=value)
-    return Answered(capture(model, whole), answer)
+    dense = torch.cat(output.logits).float().log_softmax(dim=-1)
+    return Answered(dict(inputs), output.sequences[:, prompt:], dense.cpu())
 
 
-def run_restricted(
-    layer: Any,
-    implementation: str,
-    hidden: Tensor,
-    positions: tuple[Tensor, Tensor],
-    text: Tensor,
-    texts: int,
-    scores: Tensor,
-    kept: int,
-) -> Tensor:
-    """`run_layer` on the text and the `kept` visual tokens of highest score; the others pass by.
+@torch.no_grad()
+def kept_answers(
+    model: Any, selectors: Selectors, keep: float, policy: Policy, samples: Sequence[Answered]
+) -> Kept:
+    """What is left of the dense model's answers under a policy: prefill and cache as in use, the
+    dense answer's tokens given one after the other.
 
     Args:
-        layer: a decoder layer.
-        implementation: of its attention.
-        hidden: `[B, T, D]`, not written to.
-        positions: `(cos, sin)`, on the device of `hidden`.
-        text: bool `[B, T]`, what is not visual.
-        texts: how many these are, in every row.
-        scores: `[B, T]`, -inf where not visual.
-        kept: at most as many as there are.
+        model: of a known family.
+        selectors: fitted for it.
+        keep: ratio of visual tokens in every layer.
+        policy: to try.
+        samples: the dense answers.
+
+    Raises:
+        AlvtsError: the loss is not finite.
     """
-    counts = torch.full((len(hidden),), kept, device=hidden.device)
-    rows, _ = select(scores, counts, text, kept + texts)
-    out = run_layer(
-        layer, implementation, gather_hidden(hidden, rows), gather_positions(positions, rows)
-    )
-    return merge(hidden, rows, out, None)
+    loss, same = 0.0, 0
+    with attach(model, selectors, [keep] * len(selectors.layers), policy=policy):
+        for one in samples:
+            found = _predict(model, one).float().log_softmax(dim=-1).cpu()
+            loss += float(answer_divergence(one.dense, found))
+            same += bool((found.argmax(dim=-1) == one.answer[0].cpu()).all())
+    return Kept(check_finite(loss / len(samples), model.dtype), same / len(samples))
 
 
-@dataclass(frozen=True)
-class Asking:
-    """What scoring wants to know of a prompt, the same in every layer.
-
-    Attributes:
-        visual: bool `[B, T]`.
-        place: as `engine.scoring.places`.
-        index, valid: `[B, M]`, the prompt's text that asks; not the answer behind it.
-    """
-
-    visual: Tensor
-    place: Tensor
-    index: Tensor
-    valid: Tensor
-
-    @classmethod
-    def of(cls, visual: Tensor, asked: Tensor) -> "Asking":
-        """From bool `[B, T]`, on the CPU: nothing here is to wait for a device."""
-        rows = asking(visual, asked)
-        length = int(rows.sum(dim=1).max())
-        return cls(visual, places(visual), *positions_of(rows, length))
-
-    def to(self, device: torch.device) -> "Asking":
-        """The same on another device."""
-        return Asking(*(t.to(device) for t in (self.visual, self.place, self.index, self.valid)))
-
-
-def score(
-    layer: Any,
-    selector: LayerSelector,
-    hidden: Tensor,
-    positions: tuple[Tensor, Tensor],
-    prompt: Asking,
-) -> Tensor:
-    """Importance `[B, T]` as prefill has it.
-
-    Args:
-        layer: of the model.
-        selector: of that layer, on its device and in its dtype.
-        hidden: its input `[B, T, D]`.
-        positions: `(cos, sin)`.
-        prompt: on the device of `hidden`.
-    """
-    rows = text_rows(layer, hidden, positions, prompt.index, prompt.valid)
-    return importance(hidden, selector, rows, positions, prompt.visual, prompt.place)
+def _predict(model: Any, one: Answered) -> Tensor:
+    """Logits `[A, V]` of the answer's tokens."""
+    out = model(**one.inputs, use_cache=True, logits_to_keep=1)
+    logits = [out.logits[0]]
+    if one.answer.shape[1] > 1:
+        more = model(input_ids=one.answer[:, :-1], use_cache=True, **going_on(out))
+        logits.append(more.logits[0])
+    return torch.cat(logits)
 
 
 def answer_divergence(dense: Tensor, found: Tensor) -> Tensor:
     """`KL(dense || found)` over the vocabulary, in nats, mean over an answer's tokens.
 
     Args:
-        dense: log-probabilities `[B or 1, A, V]`, float32.
-        found: the same of the restricted model, `[B, A, V]`.
+        dense: log-probabilities `[A, V]`, float32.
+        found: the same of the restricted model.
 
     Returns:
-        `[B]`.
+        A scalar.
     """
-    return (dense.exp() * (dense - found)).sum(dim=-1).mean(dim=-1).clamp(min=0)
+    return (dense.exp() * (dense - found)).sum(dim=-1).mean().clamp(min=0)
 
 
 def check_finite(loss: float, dtype: torch.dtype) -> float:
@@ -172,7 +128,6 @@ def check_finite(loss: float, dtype: torch.dtype) -> float:
     """
     if not math.isfinite(loss):
         raise AlvtsError(
-            f"what a restricted model answers overflows in {dtype}; use --dtype bfloat16 or "
-            "float32, or --no-budget"
+            f"what a restricted model answers overflows in {dtype}; use --dtype bfloat16 or float32"
         )
     return loss

@@ -1,6 +1,6 @@
 """Finished layers on disk, so that an interrupted run loses at most the layer it was in.
 
-The search for schedules, after the last layer, begins anew.
+What comes after the last layer, the carried updates and the trials of policies, begins anew.
 
 A folder beside the output holds `run.json`, the settings and data that the layers were made with,
 and one safetensors file a layer. Hidden states are not saved: running the finished layers again
@@ -23,12 +23,10 @@ from alvts_cli.errors import AlvtsError
 
 @dataclass(frozen=True)
 class LayerResult:
-    """A fitted layer: the selector on the CPU as it goes into the artifact, how good it is, and
-    what the layer loses by keeping less (see `budget.measure`; empty where not asked for)."""
+    """A fitted layer: the selector on the CPU as it goes into the artifact, and how good it is."""
 
     selector: LayerSelector
     fit: LayerFit
-    losses: tuple[float, ...]
 
 
 class Checkpoint:
@@ -84,7 +82,6 @@ class Checkpoint:
             return LayerResult(
                 unpack_layer("", tensors, told["eps"]),
                 LayerFit(**told["fit"]),
-                tuple(told["losses"]),
             )
         except (SafetensorError, OSError, ValueError, KeyError, TypeError):
             raise AlvtsError(f"{path} is damaged; delete it to fit that layer again") from None
@@ -105,7 +102,6 @@ class Checkpoint:
             {
                 "eps": result.selector.eps,
                 "fit": asdict(result.fit),
-                "losses": result.losses,
             }
         )
         data = save(pack_layer("", result.selector), metadata={"layer": told})

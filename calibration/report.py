@@ -5,6 +5,12 @@ from rich.table import Table
 
 from alvts_cli.artifact import Artifact, CalibrationRecord
 
+POLICY_NOTE = (
+    "answers that are the dense model's own, token for token, and their loss (KL to the dense "
+    "model's, in nats), on samples that were not fitted; *: picked"
+)
+"""What the figures of `policy_table` are."""
+
 
 def fit_table(record: CalibrationRecord) -> Table:
     """Loss and recall of every layer, and their means, before the fit and after it."""
@@ -23,18 +29,18 @@ def fit_table(record: CalibrationRecord) -> Table:
     return table
 
 
-def budget_table(artifact: Artifact) -> Table:
-    """What every layer loses alone, and what it keeps at each average that was solved for."""
-    record = artifact.calibration
-    table = Table("layer", box=SIMPLE_HEAD, pad_edge=False)
-    for ratio in record.ratios:
-        table.add_column(f"loss\n{ratio:.0%}", justify="right", no_wrap=True)
-    for schedule in artifact.schedules:
-        average = sum(schedule) / len(schedule)
-        table.add_column(f"kept\n{average:.0%}", justify="right", no_wrap=True)
-    for i in range(len(artifact.layers)):
-        # A schedule may come from elsewhere than from losses.
-        losses = [f"{loss:.3f}" for loss in record.losses[i]] if record.losses else []
-        kept = [f"{schedule[i]:.0%}" for schedule in artifact.schedules]
-        table.add_row(str(i), *losses, *kept)
+def policy_table(artifact: Artifact) -> Table:
+    """What every policy that was tried does to the answers, and which was picked."""
+    trials = artifact.calibration.trials
+    table = Table("policy", box=SIMPLE_HEAD, pad_edge=False)
+    keeps = sorted({trial.keep for trial in trials})
+    for keep in keeps:
+        table.add_column(f"keep\n{keep:.0%}", justify="right", no_wrap=True)
+    picked = {one.keep: one.policy for one in artifact.picked}
+    for policy in dict.fromkeys(trial.policy for trial in trials):
+        cells = []
+        for trial in (t for t in trials if t.policy == policy):
+            mark = "*" if picked.get(trial.keep) == policy else " "
+            cells.append(f"{trial.same:.0%} ({trial.loss:.3f}){mark}")
+        table.add_row(str(policy), *cells)
     return table

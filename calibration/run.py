@@ -1,27 +1,27 @@
 """The whole of a calibration, from samples to an artifact."""
 
 import hashlib
-import random
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from statistics import median
 from typing import Any
 
 import torch
 
 from alvts_cli import __version__
 from alvts_cli.artifact import Artifact, CalibrationRecord, LayerFit, fingerprint
-from alvts_cli.engine import default_rank
+from alvts_cli.engine import default_carry_rank, default_rank
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of
 from alvts_cli.prompts import build_inputs
 
 from .answers import Answered, answered
-from .budget import RATIOS
 from .capture import Captured, capture
+from .carry import fit_carries
 from .checkpoint import Checkpoint
 from .data import Reader, Sample
-from .refine import Joint, find_schedules
+from .policy import pick, try_policies
 from .settings import Settings
 from .sweep import sweep
 
@@ -39,12 +39,14 @@ class Watch:
         skipped: gets a line about a sample that could not be used.
         layer: after a layer is finished (and on disk, with a checkpoint); gets its index, from
             0, the number of layers, and how good the fit is.
-        trial: after a schedule was tried; gets the number so far, and that of all.
+        carried: after a layer's carried update was fitted; gets its index and the layers' number.
+        trial: after a policy was tried; gets the number so far, and that of all.
     """
 
     sample: Callable[[int], None] = _ignore
     skipped: Callable[[str], None] = _ignore
     layer: Callable[[int, int, LayerFit], None] = _ignore
+    carried: Callable[[int, int], None] = _ignore
     trial: Callable[[int, int], None] = _ignore
 
 
@@ -71,8 +73,9 @@ def calibrate(
     Args:
         model: of a known family, loaded whole and in eval mode.
         processor: of the model.
-        samples: read one at a time; images are not held on to. Budgets are measured on the first
-            of them, so they are to come in no particular order.
+        samples: read one at a time; images are not held on to, but for those that policies are
+            tried on. Which are fitted goes by their number, so they are to come in no particular
+            order.
         settings: None for the defaults.
         data: what the samples are, in words; by default what a `Reader` says.
         model_id: hub id, name or folder, for the artifact; by default the model's own.
@@ -102,9 +105,8 @@ def calibrate(
         "transformers": version("transformers"),
     }
 
-    captured, answers, ids = _capture_all(model, processor, samples, settings, watch)
-    fitted, held_out, order = _split(captured, settings)
-    digest = hashlib.sha256("\n".join(ids[i] for i in order).encode()).hexdigest()
+    fitted, held_out, answers, ids = _capture_all(model, processor, samples, settings, watch)
+    digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
     if data is None:
         data = samples.description if isinstance(samples, Reader) else "samples given in memory"
     if checkpoint:
@@ -114,51 +116,53 @@ def calibrate(
                 "dtype": str(model.dtype),
                 "data": data,
                 "samples": digest,
-                # Layers are fitted alike with a budget and without.
-                "settings": {k: v for k, v in asdict(settings).items() if k != "budget"},
+                "settings": asdict(settings),
                 "versions": versions,
             }
         )
 
+    # Shallow copies: the sweep replaces the hidden states, and the others start at layer 0.
+    again = [replace(one) for one in fitted[: settings.carry_samples]]
+    tokens = [int(one.visual.sum()) for one in (*fitted, *held_out)]
     results = sweep(
         model,
         fitted,
         held_out,
-        # Shallow copies: the sweep replaces the hidden states, and schedules start at layer 0.
-        [replace(one, sample=replace(one.sample)) for one in answers[: settings.loss_samples]],
         settings,
         rank,
         checkpoint,
         lambda i, fit: watch.layer(i, len(layers), fit),
     )
     counts = len(fitted), len(held_out)
-    del captured, fitted, held_out  # Their last hidden states are of no use, and large.
+    del fitted, held_out  # Their last hidden states are of no use, and large.
     selectors = tuple(result.selector for result in results)
-    losses = tuple(result.losses for result in results) if answers else ()
-    schedules: tuple[tuple[float, ...], ...] = ()
-    if answers:
-        joint = Joint(model, selectors, answers)
-        schedules = find_schedules(joint, losses, settings.seed, watch.trial)
-    return Artifact(
+    carry_rank = default_carry_rank(config.hidden_size)
+    carries = fit_carries(
+        model, selectors, again, carry_rank, lambda i: watch.carried(i, len(layers))
+    )
+    record = CalibrationRecord(
+        data=data,
+        fitted=counts[0],
+        held_out=counts[1],
+        sample_ids=digest,
+        settings=asdict(settings),
+        versions=versions,
+        layers=tuple(result.fit for result in results),
+    )
+    artifact = Artifact(
         layers=selectors,
         default_keep=settings.keep,
-        schedules=schedules,
+        schedules=(),
         model_id=model_id or config_name(model),
         revision=revision,
         family=family.name,
         fingerprint=values,
-        calibration=CalibrationRecord(
-            data=data,
-            fitted=counts[0],
-            held_out=counts[1],
-            sample_ids=digest,
-            settings=asdict(settings),
-            versions=versions,
-            layers=tuple(result.fit for result in results),
-            ratios=RATIOS if answers else (),
-            losses=losses,
-        ),
+        calibration=record,
+        carries=carries,
+        visual_tokens=int(median(tokens)),
     )
+    trials = try_policies(model, artifact, answers, watch.trial)
+    return replace(artifact, picked=pick(trials), calibration=replace(record, trials=trials))
 
 
 def config_name(model: Any) -> str:
@@ -168,45 +172,35 @@ def config_name(model: Any) -> str:
 
 def _capture_all(
     model: Any, processor: Any, samples: Iterable[Sample], settings: Settings, watch: Watch
-) -> tuple[list[Captured], list[Answered], list[str]]:
-    """What reaches layer 0 of all samples that can be used, the first of them again with an answer
-    where there is to be a budget, and their ids."""
+) -> tuple[list[Captured], list[Captured], list[Answered], list[str]]:
+    """What reaches layer 0 of the samples to fit on and of those to measure on, the first of the
+    latter again with their answers, and the ids of all."""
     text_config: Any = family_of(model).text_model(model).config
-    captured: list[Captured] = []
+    fitted: list[Captured] = []
+    held_out: list[Captured] = []
     answers: list[Answered] = []
-    longest = text_config.max_position_embeddings
-    if settings.budget:
-        longest -= settings.answer_tokens
+    longest = text_config.max_position_embeddings - settings.answer_tokens
+    stride = max(2, round(1 / settings.held_out))
     ids: list[str] = []
     broken: list[str] = []
     for sample in samples:
+        measures = len(ids) % stride == 0
         try:
             # The prompt alone, without the answer: it is what prefill sees in use.
             inputs = build_inputs(processor, sample.images, sample.prompt, longest)
             inputs = inputs.to(model.device, model.dtype)
-            captured.append(capture(model, inputs))
+            (held_out if measures else fitted).append(capture(model, inputs))
         except AlvtsError as error:
             broken.append(f"{sample.id}: {error}")
             watch.skipped(broken[-1])
             continue
-        if settings.budget and len(answers) < settings.budget_samples:
+        if measures and len(answers) < settings.policy_samples:
             answers.append(answered(model, inputs, settings.answer_tokens))
         ids.append(sample.id)
         watch.sample(len(ids))
     if isinstance(samples, Reader):
         broken = samples.skipped + broken
-    if len(captured) < 3:
+    if len(ids) < 3:
         why = f"; {len(broken)} were skipped, such as {broken[0]}" if broken else ""
-        raise AlvtsError(f"only {len(captured)} usable samples, at least 3 are needed{why}")
-    return captured, answers, ids
-
-
-def _split(
-    captured: list[Captured], settings: Settings
-) -> tuple[list[Captured], list[Captured], list[int]]:
-    """Samples to fit on, samples to measure on, and the order that was drawn."""
-    order = list(range(len(captured)))
-    random.Random(settings.seed).shuffle(order)
-    count = min(len(order) - 2, max(1, round(len(order) * settings.held_out)))
-    shuffled = [captured[i] for i in order]
-    return shuffled[:-count], shuffled[-count:], order
+        raise AlvtsError(f"only {len(ids)} usable samples, at least 3 are needed{why}")
+    return fitted, held_out, answers, ids

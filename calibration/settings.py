@@ -18,22 +18,20 @@ class Settings:
         batch: samples per step.
         learning_rate: its peak (see `align`).
         seed: of the choice and order of samples.
-        budget: also measure what each layer loses by keeping less, and find schedules.
-        loss_samples: samples that a layer's own loss is measured on, the first ones.
-        budget_samples: samples that schedules are compared on, the first ones.
+        carry_samples: fitted samples that the carried updates are fitted on, the first ones.
+        policy_samples: held-out samples that policies are tried on, the first ones.
         answer_tokens: the longest answer in these measurements.
     """
 
     rank: int | None = None
     keep: float = 1 / 9
-    held_out: float = 1 / 8
+    held_out: float = 1 / 4
     steps: int = 300
     batch: int = 8
     learning_rate: float = 0.003
     seed: int = 0
-    budget: bool = True
-    loss_samples: int = 32
-    budget_samples: int = 128
+    carry_samples: int = 40
+    policy_samples: int = 64
     answer_tokens: int = 16
 
     def __post_init__(self) -> None:
@@ -45,8 +43,8 @@ class Settings:
             raise AlvtsError(f"the held-out share must be between 0 and 1, not {self.held_out}")
         if self.steps < 1 or self.batch < 1:
             raise AlvtsError("steps and batch must be at least 1")
-        if min(self.loss_samples, self.budget_samples, self.answer_tokens) < 1:
-            raise AlvtsError("loss_samples, budget_samples and answer_tokens must be at least 1")
+        if min(self.carry_samples, self.policy_samples, self.answer_tokens) < 1:
+            raise AlvtsError("carry_samples, policy_samples and answer_tokens must be at least 1")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise AlvtsError(f"the learning rate must be above 0, not {self.learning_rate}")
         if self.seed < 0:

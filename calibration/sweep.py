@@ -1,12 +1,11 @@
 """Layer after layer: reference, initialisation, fit, measurement, and on to the next.
 
 Only one layer's hidden states are alive at a time, those of all samples, on the CPU (beside layer
-0's, which `refine` starts from). They are those of the dense model: every layer is fitted on what
+0's, which `carry` starts from). They are those of the dense model: every layer is fitted on what
 it sees when nothing before it selects.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from alvts_cli.errors import AlvtsError
 from alvts_cli.families import QueryKey, family_of
 
 from .align import Target, align, collate
-from .answers import Answered
-from .budget import measure
 from .capture import Captured, advance, on_device
 from .checkpoint import Checkpoint, LayerResult
 from .initialise import Factors, initialise
@@ -32,7 +29,6 @@ def sweep(
     model: Any,
     fitted: Sequence[Captured],
     held_out: Sequence[Captured],
-    answers: Sequence[Answered],
     settings: Settings,
     rank: int,
     checkpoint: Checkpoint | None,
@@ -44,18 +40,17 @@ def sweep(
         model: of a known family, in eval mode.
         fitted: samples to fit on.
         held_out: samples to measure on.
-        answers: samples to measure on what a layer loses by keeping less; may be none.
         settings: of the run.
         rank: `R`.
         checkpoint: takes finished layers, and may hold some.
         on_layer: called after each layer, which is on disk by then.
 
     Raises:
-        AlvtsError: hidden states or a loss that are not finite.
+        AlvtsError: hidden states that are not finite.
     """
     family = family_of(model)
     config: Any = family.text_model(model).config
-    samples = [*fitted, *held_out, *(one.sample for one in answers)]
+    samples = [*fitted, *held_out]
     results: list[LayerResult] = []
     layers: Any = family.layers(model)
     for i, layer in enumerate(layers):
@@ -70,11 +65,6 @@ def sweep(
                 rank,
                 seed=settings.seed * len(layers) + i,
             )
-            if checkpoint and not answers:
-                checkpoint.save(i, result)
-        if answers and not result.losses:
-            losses = measure(model, i, result.selector, answers)
-            result = replace(result, losses=losses)
             if checkpoint:
                 checkpoint.save(i, result)
         results.append(result)
@@ -128,7 +118,7 @@ def _fit_layer(
     selector = _stored(end, projections)
     after = _measure(selector, held_out, settings.keep)
     fit = LayerFit(before[0], after[0], before[1], after[1])
-    return LayerResult(selector.to(torch.device("cpu"), selector.down.dtype), fit, losses=())
+    return LayerResult(selector.to(torch.device("cpu"), selector.down.dtype), fit)
 
 
 @torch.no_grad()

@@ -40,5 +40,6 @@ def scenes(count: int = 12, seed: int = 0) -> Any:
 
 
 def fast(**more: Any) -> Settings:
-    """Few steps, and no budget unless it is asked for."""
-    return Settings(**{"rank": RANK, "steps": 10, "batch": 4, "budget": False, **more})
+    """Few steps and few trials."""
+    few = {"rank": RANK, "steps": 10, "batch": 4, "policy_samples": 2, "answer_tokens": 4}
+    return Settings(**{**few, **more})

@@ -3,7 +3,7 @@
 import json
 import os
 import struct
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,17 @@ from alvts_cli.artifact import (
     Artifact,
     CalibrationRecord,
     LayerFit,
+    Trial,
     check_writable,
     fingerprint,
     load_artifact,
     save_artifact,
 )
-from alvts_cli.engine import LayerSelector
+from alvts_cli.engine import PAPER, Carry, LayerSelector, Picked, Policy
 from alvts_cli.engine.scoring import PLACES
 
 RANK, KEYS, UNITS = 5, 16, 6
+POLICY = Policy(every=2, quality=0.3, mass=True, carry=True)
 
 
 def make_artifact(family: str = "qwen2_5_vl", **changes: Any) -> Artifact:
@@ -48,6 +50,9 @@ def make_artifact(family: str = "qwen2_5_vl", **changes: Any) -> Artifact:
         ),
         default_keep=0.25,
         schedules=((0.25, 0.0, 0.0, 0.125), (1.0, 0.5, 0.0, 0.25)),
+        carries=tuple(Carry(random(2, WIDTH), random(WIDTH, 2), eps=1e-6) for _ in range(LAYERS)),
+        picked=(Picked(0.25, POLICY), Picked(0.5, PAPER)),
+        visual_tokens=64,
         model_id="org/model",
         revision="abc",
         family="Qwen2.5-VL",
@@ -60,8 +65,7 @@ def make_artifact(family: str = "qwen2_5_vl", **changes: Any) -> Artifact:
             settings={"rank": RANK, "seed": 3},
             versions={"torch": "2"},
             layers=tuple(LayerFit(1.0, 0.1 * i, 0.3, 0.5 + 0.1 * i) for i in range(LAYERS)),
-            ratios=(0.0, 0.5),
-            losses=tuple((1.0 / (i + 1), 0.25) for i in range(LAYERS)),
+            trials=(Trial(0.25, PAPER, 0.5, 0.75), Trial(0.25, POLICY, 0.25, 1.0)),
         ),
     )
     return Artifact(**{**fields, **changes})
@@ -103,10 +107,13 @@ def test_what_goes_in_comes_out(dtype: torch.dtype, tmp_path: Path) -> None:
     save_artifact(made, tmp_path / "a.safetensors")
     found = load_artifact(tmp_path / "a.safetensors")
     assert (found.rank, found.hidden_size) == (RANK, WIDTH)
-    for name in ("default_keep", "schedules", "model_id", "revision", "family"):
+    same = ("default_keep", "schedules", "model_id", "revision", "family", "picked")
+    for name in (*same, "visual_tokens"):
         assert getattr(found, name) == getattr(made, name)
     assert found.calibration == made.calibration
     assert torch.equal(found.fingerprint, made.fingerprint)
+    for carry, its_own in zip(found.carries, made.carries, strict=True):
+        assert torch.equal(carry.down, its_own.down) and torch.equal(carry.up, its_own.up)
     for one, other in zip(found.layers, made.layers, strict=True):
         assert one.down.dtype == dtype and one.inner.dtype == torch.float32
         mine, its = one.tensors(), other.tensors()
@@ -227,20 +234,54 @@ def test_damaged_schedules(saved: Path, schedules: Any, words: str) -> None:
     assert words in refusal(saved)
 
 
-def test_losses_fit_ratios_and_layers(saved: Path) -> None:
+BAD_PICKED = [
+    [{"keep": 0.1}],
+    [{"keep": 0.0, "policy": asdict(POLICY)}],
+    [{"keep": 0.1, "policy": {**asdict(POLICY), "every": -1}}],
+    [{"keep": 0.1, "policy": {**asdict(POLICY), "every": 1.5}}],
+    [{"keep": 0.1, "policy": {**asdict(POLICY), "mass": 1}}],
+    [{"keep": 0.1, "policy": {**asdict(POLICY), "quality": "high"}}],
+    [{"keep": float("nan"), "policy": asdict(POLICY)}],
+    ["once"],
+]
+
+
+@pytest.mark.parametrize("picked", BAD_PICKED)
+def test_damaged_policies(saved: Path, picked: Any) -> None:
     tensors, metadata = parts(saved)
-    for losses in ([[0.5]] * 7, [[]] * len(load_artifact(saved).layers)):
-        record = {**metadata["calibration"], "ratios": [0.25], "losses": losses}
-        rewrite(saved, tensors, {**metadata, "calibration": record})
-        assert "no valid 'calibration'" in refusal(saved)
+    rewrite(saved, tensors, {**metadata, "picked": picked})
+    with pytest.raises(AlvtsError, match="metadata"):
+        load_artifact(saved)
+
+
+def test_a_policy_that_carries_needs_something_to_carry_with(saved: Path) -> None:
+    tensors, metadata = parts(saved)
+    few = {name: value for name, value in tensors.items() if not name.startswith("carry.")}
+    rewrite(saved, few, {**metadata, "carry_rank": 0})
+    with pytest.raises(AlvtsError, match="a policy carries"):
+        load_artifact(saved)
+    rewrite(saved, few, metadata)
+    with pytest.raises(AlvtsError, match=r"lacks the tensor 'carry\.0\.down'"):
+        load_artifact(saved)
 
 
 def test_another_format(saved: Path) -> None:
     tensors, _ = parts(saved)
-    rewrite(saved, tensors, {"format": 4, "unheard": "of"})
-    assert "has format 4, this alvts reads up to 3; upgrade" in refusal(saved)
+    rewrite(saved, tensors, {"format": 5, "unheard": "of"})
+    assert "has format 5, this alvts reads up to 4; upgrade" in refusal(saved)
     rewrite(saved, tensors, {"format": 2, "causal": True})
-    assert "made by an older alvts (format 2, now 3); calibrate again" in refusal(saved)
+    assert "made by an older alvts (format 2, now 4); calibrate again" in refusal(saved)
+
+
+def test_a_file_of_format_3_has_no_policies(saved: Path) -> None:
+    tensors, metadata = parts(saved)
+    few = {name: value for name, value in tensors.items() if not name.startswith("carry.")}
+    old = {k: v for k, v in metadata.items() if k not in ("carry_rank", "picked", "visual_tokens")}
+    record = {k: v for k, v in old["calibration"].items() if k != "trials"}
+    rewrite(saved, few, {**old, "format": 3, "calibration": {**record, "ratios": [], "losses": []}})
+    found = load_artifact(saved)
+    assert found.picked == found.carries == found.calibration.trials == ()
+    assert found.schedules
 
 
 @pytest.mark.parametrize(

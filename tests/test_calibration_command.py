@@ -35,24 +35,15 @@ def test_a_table_and_a_file(tmp_path: Path) -> None:
     result = calibrate("--out", out)
     assert result.exit_code == 0, result.output
     assert "recall before" in result.stdout and "mean" in result.stdout
-    assert "kept" in result.stdout and "33%" in result.stdout
+    assert "chosen once" in result.stdout and "33%" in result.stdout
     assert f"wrote {out}" in result.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
     artifact = load_artifact(out)
     assert artifact.rank == RANK and len(artifact.layers) == LAYERS
     assert artifact.model_id == str(small_folder())
-    assert len(artifact.schedules) == 4
+    assert len(artifact.picked) == 4 and len(artifact.carries) == LAYERS
     told = alvts("info", out)
     assert told.exit_code == 0 and "33%" in told.stdout
-
-
-def test_without_a_budget(tmp_path: Path) -> None:
-    out = tmp_path / "out.safetensors"
-    result = calibrate("--out", out, "--no-budget")
-    assert result.exit_code == 0 and "33%" not in result.stdout
-    assert load_artifact(out).schedules == ()
-    told = alvts("info", out)
-    assert told.exit_code == 0 and "33%" not in told.stdout
 
 
 def test_the_default_place_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

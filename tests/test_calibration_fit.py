@@ -13,14 +13,15 @@ from tiny import FAMILIES, make_inputs, make_model, one_image
 
 from alvts_cli import AlvtsError, attach
 from alvts_cli.artifact import Artifact, load_artifact, save_artifact
-from alvts_cli.engine import default_rank
+from alvts_cli.engine import Keep, default_rank
+from alvts_cli.engine.attach import SelectorScorer
+from alvts_cli.engine.calls import POSITIONS
+from alvts_cli.engine.plan import make_plan
 from alvts_cli.engine.probe import attention_importance, project
 from alvts_cli.families import QueryKey, family_of
 from alvts_cli.prompts import build_inputs
 from calibration import Checkpoint, Sample, Settings, Watch, calibrate
 from calibration.align import align, divergence
-from calibration.answers import Asking, score
-from calibration.budget import measure
 from calibration.capture import advance, capture
 from calibration.initialise import initialise
 from calibration.sweep import _target
@@ -133,7 +134,7 @@ def test_calibration_raises_recall_on_samples_not_fitted(tmp_path: Path) -> None
     assert not any(module._forward_pre_hooks for module in model.modules())
 
     record = artifact.calibration
-    assert (record.fitted, record.held_out) == (28, 4)
+    assert (record.fitted, record.held_out) == (24, 8)
     assert record.settings["rank"] == artifact.rank == RANK
     assert record.data == "pocket scenes"
     assert record.versions["torch"] == torch.__version__
@@ -159,24 +160,20 @@ def test_what_is_measured_is_what_runs() -> None:
     artifact = calibrate(model.bfloat16(), make_processor(), scenes(), settings)
     assert artifact.layers[0].down.dtype == torch.bfloat16
     layer = family_of(model).layers(model)[0]
+    scorer = SelectorScorer(artifact.layers)
     recalls = []
-    samples = list(scenes())
-    import random
-
-    order = list(range(len(samples)))
-    random.Random(settings.seed).shuffle(order)
-    for i in order[-artifact.calibration.held_out :]:
-        inputs = build_inputs(make_processor(), samples[i].images, samples[i].prompt)
+    for scene in list(scenes())[:: round(1 / settings.held_out)]:
+        inputs = build_inputs(make_processor(), scene.images, scene.prompt)
         sample = capture(model, inputs.to("cpu", torch.bfloat16))
         visual = sample.visual
-        found = score(
-            layer, artifact.layers[0], sample.hidden, sample.positions, Asking.of(visual, ~visual)
-        )
+        plan = make_plan(inputs["input_ids"], visual, None, Keep((0.1,) * LAYERS))
+        found = scorer.importance(0, layer, sample.hidden, plan, {POSITIONS: sample.positions})
         wanted = attention_importance(
             project(layer, sample.hidden, sample.positions), visual, ~visual
         )
         best = [set(s[visual].topk(28).indices.tolist()) for s in (found, wanted)]
         recalls.append(len(best[0] & best[1]) / 28)
+    assert len(recalls) == artifact.calibration.held_out
     mean = sum(recalls) / len(recalls)
     assert artifact.calibration.layers[0].recall_after == pytest.approx(mean, abs=1e-6)
 
@@ -198,14 +195,14 @@ class Crash(BaseException):
 @pytest.mark.parametrize("last", range(LAYERS))
 def test_a_resumed_run_gives_the_uninterrupted_file(last: int, tmp_path: Path) -> None:
     model = make_small()
-    fit(model, tmp_path / "whole", budget=True)
+    fit(model, tmp_path / "whole")
 
     def crash(index: int, count: int, fit: object) -> None:
         if index == last:
             raise Crash
 
     with pytest.raises(Crash):
-        fit(model, tmp_path / "resumed", watch=Watch(layer=crash), budget=True)
+        fit(model, tmp_path / "resumed", watch=Watch(layer=crash))
     folder = tmp_path / "resumed.partial"
     assert len(list(folder.glob("layer-*"))) == last + 1
     assert not (tmp_path / "resumed").exists()
@@ -222,30 +219,11 @@ def test_a_resumed_run_gives_the_uninterrupted_file(last: int, tmp_path: Path) -
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for real in (align, measure):
-            patch.setattr(f"calibration.sweep.{real.__name__}", counting(real))
-        fit(model, tmp_path / "resumed", resume=True, budget=True)
-    assert done_again == ["align", "measure"] * (LAYERS - 1 - last)
+        patch.setattr("calibration.sweep.align", counting(align))
+        fit(model, tmp_path / "resumed", resume=True)
+    assert done_again == ["align"] * (LAYERS - 1 - last)
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
     assert not folder.exists()
-
-
-def test_a_run_goes_on_without_its_budget_and_with_it_again(tmp_path: Path) -> None:
-    model = make_small()
-    fit(model, tmp_path / "plain")
-    fit(model, tmp_path / "budget", budget=True)
-
-    def crash(index: int, count: int, fit: object) -> None:
-        if index == 1:
-            raise Crash
-
-    for before, after in ((True, False), (False, True)):
-        out = tmp_path / f"{after}"
-        with pytest.raises(Crash):
-            fit(model, out, watch=Watch(layer=crash), budget=before)
-        fit(model, out, resume=True, budget=after)
-        whole = tmp_path / ("budget" if after else "plain")
-        assert out.read_bytes() == whole.read_bytes()
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -255,7 +233,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(Crash):
         fit(make_small(), out, watch=Watch(layer=crash))
-    with pytest.raises(AlvtsError, match="made with other samples, settings"):
+    with pytest.raises(AlvtsError, match="made with other settings"):
         fit(make_small(), out, resume=True, seed=1)
     with pytest.raises(AlvtsError, match="made with other weights"):
         fit(make_small(1), out, resume=True)
@@ -293,9 +271,8 @@ def test_memory_is_flat_in_the_number_of_layers(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("calibration.sweep.align", watched_align)
     monkeypatch.setattr("calibration.sweep.advance", watched_advance)
-    settings = fast(budget=True, loss_samples=5)
-    record = calibrate(make_small(), make_processor(), scenes(), settings).calibration
-    samples = record.fitted + record.held_out + 5
+    record = calibrate(make_small(), make_processor(), scenes(), fast()).calibration
+    samples = record.fitted + record.held_out
     assert len(alive) == (LAYERS - 1) * samples
     assert max(counts) == samples
 
@@ -357,8 +334,8 @@ def test_a_quarter_of_the_papers_ranks() -> None:
         {"learning_rate": 0},
         {"learning_rate": float("nan")},
         {"seed": -1},
-        {"loss_samples": 0},
-        {"budget_samples": 0},
+        {"carry_samples": 0},
+        {"policy_samples": 0},
         {"answer_tokens": 0},
     ],
 )

@@ -157,7 +157,7 @@ def test_a_schedule_is_timed_and_given_to_peers_that_take_it(tmp_path):
     save_artifact(replace(selectors, schedules=(halves,)), tmp_path / "s.safetensors")
     path = tmp_path / "a.json"
     more = ("--selectors", tmp_path / "s.safetensors", "--keep", 32, "--json", path)
-    result = alvts(*bench("--against", "alvts-uniform,random-budgeted,oracle", *more))
+    result = alvts(*bench("--against", "alvts-plain,random-policy,oracle", *more))
     assert result.exit_code == 0, result.output
     report = json.loads(path.read_text())
     assert report["settings"]["kept_per_layer"] == [64, 0] * 8

@@ -218,16 +218,16 @@ def test_fitted_methods_are_given_the_selectors_without_alvts_itself(tmp_path):
     selectors = load_artifact(model_folder() / "selectors.safetensors")
     halves = (0.5, 0.0) * 8
     save_artifact(replace(selectors, schedules=(halves,)), tmp_path / "s.safetensors")
-    methods = "random-budgeted,oracle,alvts-uniform"
+    methods = "random-policy,oracle,alvts-plain"
     more = ("--methods", methods, "--selectors", tmp_path / "s.safetensors", "--keep", "32")
     result = alvts("eval", "--model", model_folder(), *SMALL, *more, "--json", tmp_path / "j.json")
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "j.json").read_text())["data"][0]["rows"]
     budgeted = [[64, 1], [0, 1]] * 8
     assert {row["method"]: row["by_layer"] for row in rows} == {
-        "random-budgeted": budgeted,
+        "random-policy": budgeted,
         "oracle": budgeted,
-        "alvts-uniform": [[32, 16]],
+        "alvts-plain": [[32, 16]],
     }
     assert "0 to 64" in result.stdout and "32x16" in result.stdout
 

@@ -203,7 +203,7 @@ def test_oracle_is_alvts_with_a_perfect_selector(family, monkeypatch):
 SCHEDULES = ((0.25, 0.0, 0.0, 0.0), (1.0, 0.5, 0.0, 0.5))
 
 
-@pytest.mark.parametrize("name", ["alvts", "random-budgeted", "oracle"])
+@pytest.mark.parametrize("name", ["alvts", "random-policy", "oracle"])
 @pytest.mark.parametrize("budget", [16, 0.25])
 def test_schedules_are_followed(name, budget):
     """Between 1/16 and 1/2 on average: every layer goes in step from one schedule to the other."""
@@ -228,7 +228,7 @@ def test_uniform_means_the_same_in_every_layer():
     for budget, expected in ((7, 7), (0.25, math.floor(make_prompt_tokens(model) / 4))):
         with (
             torch.no_grad(),
-            make_method("alvts-uniform", selectors).attached(model, budget, ["a"]) as attachment,
+            make_method("alvts-plain", selectors).attached(model, budget, ["a"]) as attachment,
         ):
             model(**make_inputs(model, one_image("llava_next")))
         assert attachment.last.kept == ((expected,),) * 4

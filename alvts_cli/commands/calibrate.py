@@ -1,5 +1,6 @@
 """`alvts calibrate`: fit the selectors of a model."""
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +23,7 @@ def calibrate(
         Path | None, typer.Option(help="Images of a .json or .jsonl file; default: its folder.")
     ] = None,
     samples: Annotated[
-        int, typer.Option(min=3, help="Drawn at random; an eighth measures, the rest is fitted.")
+        int, typer.Option(min=3, help="Drawn at random; a quarter measures, the rest is fitted.")
     ] = 256,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Of the selectors; default: width / 64, at least 24.")
@@ -32,20 +33,13 @@ def calibrate(
     ] = None,
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
-    budget: Annotated[
-        bool,
-        typer.Option(
-            help="Also find how a layer average is best spent over the layers, on the first 128 "
-            "samples; without it every layer keeps the same. It takes most of the time: leave it "
-            "out for a large model on a CPU."
-        ),
-    ] = True,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same file.")] = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was interrupted.")
     ] = False,
 ) -> None:
-    """Fit the selectors of every layer to the model's own attention, on about 256 samples."""
+    """Fit the selectors of every layer to the model's own attention, on about 256 samples, and find
+    out which way of using them keeps the model's answers."""
     # Read when torch is imported. The steps are small, and threads that spin while they wait for
     # each other come to a standstill on cores that others use too: 100 times slower was seen.
     # Threads that sleep at once take 1.4 times as long on idle cores; so long a spin, 1.1 times,
@@ -58,20 +52,23 @@ def calibrate(
 
     from calibration import Checkpoint, Settings, Watch, read_data
     from calibration import calibrate as fit
-    from calibration.report import budget_table, fit_table
+    from calibration.policy import prefills
+    from calibration.report import POLICY_NOTE, fit_table, policy_table
 
     from ..artifact import LayerFit, check_writable, save_artifact
-    from ..models import load_model
+    from ..models import OURS, load_model
 
     output = out or Path(f"{Path(model).name}.alvts.safetensors")
     # Everything that can be wrong is found before the model is loaded.
     check_writable(output)
     checkpoint = Checkpoint(output, resume)
-    settings = Settings(rank=rank, seed=seed, budget=budget)
+    settings = Settings(rank=rank, seed=seed)
     reader = read_data(data, image_folder, samples, seed)
     words = Console(stderr=True, soft_wrap=True)
     loaded = load_model(model, device, dtype)
 
+    tried = min(settings.policy_samples, math.ceil(samples * settings.held_out))
+    Console().print(f"trying policies will cost about {prefills(tried):.0f} dense prefills")
     refused: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"))
     try:
@@ -85,21 +82,26 @@ def calibrate(
         ) as progress:
             images = progress.add_task("images", total=samples, done="")
             layers = progress.add_task("layers", total=None, done="")
-            schedules = progress.add_task("schedules", total=None, done="", visible=budget)
+            carries = progress.add_task("carry", total=None, done="")
+            trials = progress.add_task("policies", total=None, done="")
 
             def on_layer(index: int, count: int, fit: LayerFit) -> None:
                 done = f"{index + 1} of {count}, recall {fit.recall_after:.3f}"
                 progress.update(layers, total=count, completed=index + 1, done=done)
 
+            def on_carried(index: int, count: int) -> None:
+                done = f"{index + 1} of {count}"
+                progress.update(carries, total=count, completed=index + 1, done=done)
+
             def on_trial(count: int, of: int) -> None:
-                progress.update(schedules, total=of, completed=count, done=f"{count} of {of}")
+                progress.update(trials, total=of, completed=count, done=f"{count} of {of}")
 
             artifact = fit(
                 loaded.model,
                 loaded.processor,
                 reader,
                 settings,
-                model_id=loaded.name if model == "pocket" else loaded.model_id,
+                model_id=loaded.name if model in OURS else loaded.model_id,
                 revision=loaded.revision,
                 checkpoint=checkpoint,
                 watch=Watch(
@@ -108,6 +110,7 @@ def calibrate(
                     ),
                     skipped=refused.append,
                     layer=on_layer,
+                    carried=on_carried,
                     trial=on_trial,
                 ),
             )
@@ -132,11 +135,7 @@ def calibrate(
         f"on {record.held_out} samples that were not fitted; recall of the layer's own choice at "
         f"keep {k}; before: SVD alone"
     )
-    if artifact.schedules:
-        console.print(budget_table(artifact))
-        console.print(
-            "loss: KL of the answer to the dense model's when this layer alone keeps so much; "
-            "kept: the layer's share of the visual tokens when all keep so much on average"
-        )
+    console.print(policy_table(artifact))
+    console.print(POLICY_NOTE)
     size = output.stat().st_size
     console.print(f"wrote {output} ({size:,} bytes)", soft_wrap=True, markup=False)

@@ -14,7 +14,7 @@ def info(
     from rich.table import Table
     from rich.text import Text
 
-    from calibration.report import budget_table, fit_table
+    from calibration.report import POLICY_NOTE, fit_table, policy_table
 
     from ..artifact import load_artifact
 
@@ -40,5 +40,6 @@ def info(
     console = Console()
     console.print(about)
     console.print(fit_table(record))
-    if artifact.schedules:
-        console.print(budget_table(artifact))
+    if record.trials:
+        console.print(policy_table(artifact))
+        console.print(POLICY_NOTE)

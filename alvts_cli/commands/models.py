@@ -9,6 +9,7 @@ def models() -> None:
 
     from ..models import KNOWN, cached_folder
     from ..pocket import WEIGHTS
+    from ..smol.fetch import smol_folder
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("name", "family", "hub id", "here"):
@@ -16,6 +17,8 @@ def models() -> None:
     for name, known in KNOWN.items():
         if name == "pocket":
             here = (WEIGHTS / "config.json").is_file()
+        elif name == "smol":
+            here = smol_folder().is_dir()
         else:
             here = cached_folder(known.hub_id) is not None
         table.add_row(name, known.family, known.hub_id, "yes" if here else "no")

@@ -63,15 +63,15 @@ class Prefill:
         return sum(map(sum, self.kept)) / (len(self.kept) * len(self.visual_tokens))
 
 
-class _SelectorScorer:
+class SelectorScorer:
     """The method itself: low-rank selectors, each on its layer's device and in its dtype."""
 
-    def __init__(self, selectors: Selectors, layers: Any) -> None:
-        self.layers: list[Any] = []
-        for selector, layer in zip(selectors.layers, layers, strict=True):
-            # The norm is never quantised: its dtype is the one the layer computes in.
-            norm = layer.input_layernorm.weight
-            self.layers.append(selector and selector.to(norm.device, norm.dtype))
+    def __init__(self, layers: Sequence[LayerSelector | None]) -> None:
+        """
+        Args:
+            layers: one selector per layer, None where no tokens are ranked.
+        """
+        self.layers = layers
 
     def importance(
         self,
@@ -84,6 +84,7 @@ class _SelectorScorer:
         positions = layer_kwargs[POSITIONS]
         rows = text_rows(layer, hidden, positions, plan.asking_index, plan.asking_valid)
         selector = self.layers[layer_index]
+        assert selector is not None
         return importance(hidden, selector, rows, positions, plan.visual, plan.places, plan.real())
 
 
@@ -138,8 +139,19 @@ def attach(
                 )
     if policy is None:
         policy = policy_of(selectors, resolved)
-    scorer = _SelectorScorer(selectors, layers)
+    scorer = SelectorScorer(_placed(selectors.layers, layers))
     return Attachment(model, scorer, resolved, make_pieces(model, selectors, policy), compile)
+
+
+def _placed(
+    selectors: Sequence[LayerSelector | None], layers: Any
+) -> Sequence[LayerSelector | None]:
+    """Each where its layer is, in the dtype of the norm: that is never quantised."""
+    norms = [layer.input_layernorm.weight for layer in layers]
+    return [
+        selector and selector.to(norm.device, norm.dtype)
+        for selector, norm in zip(selectors, norms, strict=True)
+    ]
 
 
 def policy_of(selectors: Selectors, keep: Keep) -> Policy:
@@ -163,12 +175,7 @@ def make_pieces(model: Any, selectors: Selectors, policy: Policy) -> Pieces:
     norms = [layer.input_layernorm.weight for layer in layers]
     if policy.mass:
         check_bias(text_model.config._attn_implementation)
-    compared: list[LayerSelector | None] = []
-    if policy.compares:
-        compared = [
-            selector and selector.to(norm.device, norm.dtype)
-            for selector, norm in zip(selectors.layers, norms, strict=True)
-        ]
+    compared = _placed(selectors.layers, layers) if policy.compares else ()
     carries: list[Carry] = []
     if policy.carry:
         if len(selectors.carries) != len(norms):

@@ -35,6 +35,12 @@ def cache_of(call: Any) -> Any:
     return next((found for name in CACHE_NAMES if (found := get(name)) is not None), None)
 
 
+def going_on(output: Any) -> dict[str, Any]:
+    """The KV cache of a model's output, as the keyword argument that the next call takes it by."""
+    cache = cache_of(output)
+    return {name: cache for name in CACHE_NAMES if cache is not None and output.get(name) is cache}
+
+
 def check_layer_call(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], tokens: int, selects: bool
 ) -> None:

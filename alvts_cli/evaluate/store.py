@@ -10,12 +10,12 @@ anything starts anew. A finished run's folder is removed.
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from ..artifact import write_whole
+from ..cache import cache_folder
 from ..errors import AlvtsError
 
 
@@ -29,8 +29,7 @@ class Store:
         """
         text = json.dumps({**facts, "code": _code()}, sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:24]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.folder = cache / "alvts" / "eval" / key
+        self.folder = cache_folder() / "eval" / key
 
     def load(self, batch: int) -> Any | None:
         """What was saved of a batch, or None. A damaged file counts as none."""

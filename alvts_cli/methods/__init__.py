@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 METHODS = {
     "dense": "dense:Dense",
     "alvts": "alvts:Alvts",
-    "alvts-uniform": "alvts:AlvtsUniform",
+    "alvts-plain": "alvts:AlvtsPlain",
     "fastv": "fastv:FastV",
     "pyramiddrop": "pyramiddrop:PyramidDrop",
     "dart": "dart:Dart",
     "vtw": "vtw:Vtw",
     "random": "random:Random",
     "random-static": "random:RandomStatic",
-    "random-budgeted": "random:RandomBudgeted",
+    "random-policy": "random:RandomPolicy",
     "downsample": "downsample:Downsample",
     "oracle": "oracle:Oracle",
 }
 """Name -> file of this folder, and class in it."""
 
-FITTED = ("alvts", "alvts-uniform", "random-budgeted", "oracle")
-"""Those that are given selectors: for their scores, their schedules or both."""
+FITTED = ("alvts", "alvts-plain", "random-policy", "oracle")
+"""Those that are given selectors: for their scores, their policies or both."""
 
 
 def check_method(name: str) -> None:

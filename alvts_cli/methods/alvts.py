@@ -1,20 +1,17 @@
-"""This project's method, and what it would be without its budget."""
+"""This project's method, and what its selectors would be worth without its policy."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..engine import Attachment, Selectors, attach
+from ..engine import PAPER, Attachment, Selectors, attach
 from ..errors import AlvtsError
 from .base import Method
 
 
 class Alvts(Method):
-    """Every layer ranks all visual tokens with its fitted selector and keeps the budget's number.
-
-    What one layer skips the next may take. The budget is spent over the layers as calibration found
-    it to pay.
-    """
+    """Layers rank all visual tokens with fitted selectors and keep the budget's number, under the
+    policy that calibration picked for that budget (see `engine.policy`)."""
 
     name = "alvts"
 
@@ -38,15 +35,17 @@ class Alvts(Method):
             yield attachment
 
 
-class AlvtsUniform(Alvts):
-    """The same selectors, the same number of tokens in every layer, as in the paper."""
+class AlvtsPlain(Alvts):
+    """The same selectors, used as in the paper: every layer keeps the same number of the most
+    important tokens, and what it skips stays as it was."""
 
-    name = "alvts-uniform"
+    name = "alvts-plain"
 
     @contextmanager
     def attached(
         self, model: Any, budget: int | float, samples: Sequence[str]
     ) -> Iterator[Attachment]:
-        """With one number per layer, which no schedule changes."""
-        with attach(model, self.fitted, [budget] * len(self.fitted.layers)) as attachment:
+        """Without policy or schedule."""
+        keep = [budget] * len(self.fitted.layers)
+        with attach(model, self.fitted, keep, policy=PAPER) as attachment:
             yield attachment

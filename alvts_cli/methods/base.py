@@ -14,7 +14,19 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..engine import Attachment, Keep, Plan, Selectors, Solved, attach_scorer, spend
+from ..engine import (
+    Attachment,
+    Keep,
+    Pieces,
+    Plan,
+    Selectors,
+    Solved,
+    attach_scorer,
+    keep_of,
+    make_pieces,
+    policy_of,
+    spend,
+)
 from ..engine.calls import POSITIONS
 from ..engine.probe import Projected, project
 from ..families import family_of
@@ -59,6 +71,10 @@ class Method:
         visual tokens and not all."""
         raise NotImplementedError
 
+    def pieces(self, model: Any, budget: int | float) -> Pieces | None:
+        """What else happens to tokens at a budget; None leaves what is skipped alone."""
+        return None
+
     def images(
         self, model: Any, processor: Any, images: list[Image.Image], budget: int | float
     ) -> list[Image.Image]:
@@ -89,12 +105,21 @@ class Method:
         def solve(visual_tokens: int) -> tuple[int, ...]:
             return self.schedule(visual_tokens, layers, target.count(0, visual_tokens))
 
-        with attach_scorer(model, self, Solved((1.0,) * layers, solve)) as attachment:
+        keep = Solved((1.0,) * layers, solve)
+        with attach_scorer(model, self, keep, self.pieces(model, budget)) as attachment:
             yield attachment
 
 
 class Budgeted(Method):
-    """A method that spends the budget over the layers as its selectors' schedules say."""
+    """A method that spends the budget as alvts does: over the layers as the selectors' schedules
+    say, where there are any, and under the policy that was picked for it."""
+
+    def pieces(self, model: Any, budget: int | float) -> Pieces | None:
+        """Those of alvts."""
+        if self.selectors is None:
+            return None
+        policy = policy_of(self.selectors, keep_of(self.selectors, budget))
+        return make_pieces(model, self.selectors, policy)
 
     def schedule(self, visual_tokens: int, layers: int, budget: int) -> tuple[int, ...]:
         """The same number in each layer where there are no schedules."""

@@ -14,7 +14,7 @@ from .base import Budgeted
 class Oracle(Budgeted):
     """`alvts` with the importance of the layer's real attention in place of a selector's.
 
-    The budget is spent as the selectors' schedules say, so that the two differ in nothing else.
+    The budget is spent under the same policy, so that the two differ in nothing else.
     The importance is computed on the hidden states the layer really sees, with what earlier layers
     skipped left as they left it. The gap from `alvts` to `oracle` is the selectors' fault, the gap
     from `oracle` to `dense` is the score's, or the budget's. It costs more than it saves.

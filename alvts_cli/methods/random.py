@@ -52,11 +52,11 @@ class RandomStatic(Random):
         return 0
 
 
-class RandomBudgeted(Budgeted, Random):
-    """Drawn anew in each layer, as many as `alvts` would keep there: what its budget is worth
-    without its choice."""
+class RandomPolicy(Budgeted, Random):
+    """Drawn anew in each layer, under the policy of `alvts`: what that is worth without the
+    importance of a token. Where the policy compares tokens, they still differ from each other."""
 
-    name = "random-budgeted"
+    name = "random-policy"
 
 
 def _generator(text: str) -> torch.Generator:

