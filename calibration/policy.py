@@ -44,7 +44,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from alvts_cli.artifact import Trial
-from alvts_cli.engine import PAPER, Picked, Policy, Selectors
+from alvts_cli.engine import NAMED, PAPER, Picked, Policy, Selectors
 
 from .answers import Answered, kept_answers
 
@@ -52,11 +52,11 @@ RATIOS = (0.02, 0.05, 0.11, 0.33)
 """Keep ratios for which a policy is picked."""
 
 CANDIDATES = (
-    Policy(every=0, quality=0.3, mass=True),
+    NAMED["once"],
     Policy(every=0, quality=0.6, mass=True),
     PAPER,
-    Policy(every=4, quality=0.3, mass=True, carry=True),
-    Policy(every=1, quality=0.3, mass=True, carry=True),
+    NAMED["every-4"],
+    NAMED["each"],
 )
 """By cost, the cheapest first."""
 

@@ -5,6 +5,8 @@ from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from alvts_cli import AlvtsError, attach
 from alvts_cli.engine import (
+    Policy,
+    Selection,
     SelectiveLayer,
     cache_of,
     kv_bytes,
@@ -121,17 +123,24 @@ def test_kv_bytes_measured_equal_expected(model):
 
 def test_flops_equal_those_of_the_matrices(model):
     config = model.config.text_config
-    dense = prefill_flops(config, [28] * LAYERS, 8, 28)
+    dense = prefill_flops(config, [28] * LAYERS, Selection(8), 28)
     assert dense.scoring == 0
     weights = sum(p.numel() for p in model.model.language_model.layers.parameters() if p.dim() == 2)
     pairs = sum(range(1, 29))
     attention = LAYERS * pairs * 4 * config.hidden_size
     assert dense.total == 2 * 28 * weights + attention
 
-    pruned = prefill_flops(config, [16, 16, 12, 28], 8, 28, text_tokens=12)
+    pruned = prefill_flops(config, [16, 16, 12, 28], Selection(8), 28, text_tokens=12)
     selector = make_selectors(rank=8).layers[0]
     keys = 2 * 28 * (selector.down.numel() + selector.up.numel())
     queries = 2 * 12 * model.model.language_model.layers[0].self_attn.q_proj.weight.numel()
     one_layer = keys + queries + 2 * 12 * 28 * (config.hidden_size + config.num_attention_heads)
     assert pruned.scoring == 2 * one_layer
     assert pruned.layers < dense.layers
+
+    # The first layer ranks for all, and the third, on text alone, is carried past as well.
+    policy = Policy(every=0, quality=0.3, mass=True, carry=True)
+    selection = Selection(8, policy, carry_rank=2)
+    once = prefill_flops(config, [16, 16, 12, 28], selection, 28, text_tokens=12)
+    compared = 2 * 16 * 16 * 8 + 2 * 28 * 16 * 8
+    assert once.scoring == one_layer + compared + 3 * 2 * 28 * 2 * config.hidden_size * 2

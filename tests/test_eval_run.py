@@ -9,7 +9,7 @@ import torch
 from cli_tools import alvts, model_folder, refused, scene_file
 
 from alvts_cli.artifact import load_artifact, save_artifact
-from alvts_cli.engine import prefill_flops
+from alvts_cli.engine import Selection, prefill_flops
 from alvts_cli.evaluate import run as run_module
 from alvts_cli.evaluate.batches import collate
 from alvts_cli.evaluate.data import DataSet, read_data
@@ -62,7 +62,10 @@ def test_outcomes(loaded):
         assert one["vtw@0.5"].kept == ((256, 8), (0, 8))
         assert one["vtw@0.5"].slots == 16 * text + 8 * 256
         assert one["random@64"].kept == ((64, 16),)
-        assert one["random@64"].flops == prefill_flops(config, [64 + text] * 16, 0, 256).total
+        assert (
+            one["random@64"].flops
+            == prefill_flops(config, [64 + text] * 16, Selection(), 256).total
+        )
         random = make_method("random")
         with torch.inference_mode(), random.attached(loaded.model, 64, [item.id]):
             other = loaded.model(**inputs).logits[0, -1]

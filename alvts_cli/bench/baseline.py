@@ -25,6 +25,7 @@ SAME = (
     "new_tokens",
     "keep",
     "kept_per_layer",
+    "policy",
     "rank",
     "compiled",
     "frozen_weights",

@@ -8,7 +8,7 @@ from math import nan
 from statistics import mean, median
 from typing import Any
 
-from ..engine import Attachment, Prefill, attach, prefill_flops
+from ..engine import Attachment, Prefill, Selection, attach, prefill_flops
 from ..families import family_of
 from ..methods import make_method
 from .compiled import compiled, compiler_errors
@@ -135,6 +135,7 @@ def measure(
 def _racing(subject: Subject, against: Sequence[str]) -> Iterator[dict[str, _Entrant]]:
     """All that take turns, by name."""
     model, prompt, keep = subject.model, subject.prompt, subject.keep
+    selective = partial(attach, model, subject.selectors, keep, policy=subject.policy)
     depth = len(keep.values)
     average = round(mean(keep.count(i, prompt.visual_tokens) for i in range(depth)))
 
@@ -144,12 +145,12 @@ def _racing(subject: Subject, against: Sequence[str]) -> Iterator[dict[str, _Ent
             (stack.enter_context(compiled(model)) if subject.compile else model) for _ in range(2)
         )
         if subject.compile:
-            attachment = stack.enter_context(attach(model, subject.selectors, keep, compile=True))
+            attachment = stack.enter_context(selective(compile=True))
 
         def selecting() -> AbstractContextManager[Attachment]:
             if subject.compile:
                 return nullcontext(attachment)
-            return attach(model, subject.selectors, keep)
+            return selective()
 
         racing = {
             "dense": _Entrant(dense, nullcontext, NEW_TOKENS),
@@ -191,12 +192,14 @@ def _values(runs: list[Generated], name: str) -> list[float]:
 
 def _counted(subject: Subject, kept: Prefill) -> dict[str, float]:
     """The figures that are the same at every run."""
-    prompt, rank, batch = subject.prompt, rank_of(subject.selectors), subject.settings["batch"]
+    prompt, batch = subject.prompt, subject.settings["batch"]
+    selection = Selection(rank_of(subject.selectors), kept.policy, kept.carry_rank)
     text_model: Any = family_of(subject.model).text_model(subject.model)
 
     def flops(visual_per_layer: list[int]) -> int:
         tokens = [prompt.text_tokens + count for count in visual_per_layer]
-        one = prefill_flops(text_model.config, tokens, rank, prompt.tokens, prompt.text_tokens)
+        text = prompt.text_tokens
+        one = prefill_flops(text_model.config, tokens, selection, prompt.tokens, text)
         return one.total * batch
 
     dense = flops([prompt.visual_tokens] * len(kept.kept))

@@ -237,6 +237,7 @@ def _title(settings: Mapping[str, Any]) -> str:
         f"{settings['visual_tokens']} visual + {settings['text_tokens']} text tokens",
         f"batch {settings['batch']}",
         f"keep {_keep(settings['keep'])}",
+        str(settings["policy"]),
         f"{settings['selectors']} selectors of rank {settings['rank']}",
     ]
     return ", ".join(parts)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..engine import Carry, LayerSelector, Picked, default_rank
+from ..engine import Carry, LayerSelector, Picked, default_carry_rank, default_rank
 from ..engine.scoring import PLACES, UNITS
 from ..families import family_of
 
@@ -27,7 +27,7 @@ class RandomSelectors:
 
 
 def random_selectors(model: Any) -> RandomSelectors:
-    """Selectors of `default_rank`, on the model's device."""
+    """Selectors of `default_rank`, and updates to carry, on the model's device."""
     family = family_of(model)
     config: Any = family.text_model(model).config
     rank = default_rank(config.hidden_size)
@@ -49,4 +49,9 @@ def random_selectors(model: Any) -> RandomSelectors:
             eps=projections.norm_eps,
         )
 
-    return RandomSelectors([selector(layer) for layer in family.layers(model)])
+    width, low = config.hidden_size, default_carry_rank(config.hidden_size)
+    layers: Any = family.layers(model)
+    eps = [layer.input_layernorm.variance_epsilon for layer in layers]
+    # Small: random updates are not to blow the states up.
+    carries = [Carry(matrix(low, width), matrix(width, low) * 0.01, e) for e in eps]
+    return RandomSelectors([selector(layer) for layer in layers], carries=carries)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..artifact import load_artifact
-from ..engine import Keep, Selectors, keep_of
+from ..engine import Keep, Policy, Selectors, keep_of, parse_policy, policy_of
 from ..families import family_of
 from ..memory import memory_need, require_memory
 from ..models import cpu_computes_bfloat16, find_selectors, load_model, parse_device, parse_dtype
@@ -46,6 +46,7 @@ class Subject:
         prompt: its size.
         selectors: of this model.
         keep: what each layer keeps.
+        policy: which pieces are in use.
         compile: run all decoders through `torch.compile`.
         settings: plain values that say what this is, for the report.
     """
@@ -55,6 +56,7 @@ class Subject:
     prompt: Prompt
     selectors: Selectors
     keep: Keep
+    policy: Policy
     compile: bool
     settings: dict[str, Any]
 
@@ -67,6 +69,7 @@ class Wanted:
         name: of the model.
         selectors: file of fitted ones, or None for those that are found or made up.
         keep: as `resolve_keep` reads it; None for what the selectors say.
+        policy: name of one, or None for what was picked for `keep`.
         batch: equal prompts at once.
         visual_tokens, text_tokens: of a made-up prompt, as in `synthetic_inputs`.
         device, dtype: as in `load_model`.
@@ -76,6 +79,7 @@ class Wanted:
     name: str
     selectors: Path | None
     keep: str | None
+    policy: str | None
     batch: int
     visual_tokens: int | None
     text_tokens: int
@@ -168,6 +172,8 @@ def _subject(
     prompt = Prompt(visual, inputs["input_ids"].shape[1] - visual)
     depth = len(family.layers(model))
     resolved = keep_of(selectors, wanted.keep)
+    picked = wanted.policy is None
+    policy = policy_of(selectors, resolved) if picked else parse_policy(wanted.policy or "")
     alike = len(set(resolved.values)) == 1
     settings = {
         "model": wanted.name,
@@ -184,9 +190,10 @@ def _subject(
         "keep": resolved.values[0] if alike else list(resolved.values),
         # The same average spent otherwise over the layers is another measurement.
         "kept_per_layer": [resolved.count(i, visual) for i in range(depth)],
+        "policy": str(policy),
         "selectors": origin,
         "rank": rank_of(selectors),
         "compiled": wanted.compile,
         "frozen_weights": wanted.compile and weights_frozen(),
     }
-    return Subject(model, inputs, prompt, selectors, resolved, wanted.compile, settings)
+    return Subject(model, inputs, prompt, selectors, resolved, policy, wanted.compile, settings)

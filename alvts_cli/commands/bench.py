@@ -48,6 +48,13 @@ def bench(
     text_tokens: Annotated[
         int | None, typer.Option(min=2, help=f"Without --image: default {TEXT_TOKENS}.")
     ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="How the selectors are used: paper, once, every-4 or each; default: what "
+            "calibration picked for --keep, or paper."
+        ),
+    ] = None,
     runs: Annotated[int, typer.Option(min=1, help="Timed rounds, all in turn.")] = 10,
     random_weights: Annotated[
         bool,
@@ -123,7 +130,10 @@ def bench(
     from ..bench.measure import entrants, measure
     from ..bench.report import environment, to_json, to_table
     from ..bench.subject import Wanted, loaded_subject, random_subject
+    from ..engine import parse_policy
 
+    if policy is not None:
+        parse_policy(policy)
     before = None if baseline is None else read_baseline(baseline)
     if json_file is not None:
         check_writable(json_file)
@@ -132,6 +142,7 @@ def bench(
         name=model,
         selectors=selectors,
         keep=keep,
+        policy=policy,
         batch=batch,
         visual_tokens=visual_tokens,
         text_tokens=text_tokens or TEXT_TOKENS,

@@ -28,15 +28,16 @@ from .attach import (
 from .cache import SelectiveLayer, prepare_cache
 from .calls import cache_of
 from .carry import Carry, default_carry_rank
-from .flops import PrefillFlops, kv_bytes, kv_bytes_expected, prefill_flops
+from .flops import PrefillFlops, Selection, kv_bytes, kv_bytes_expected, prefill_flops
 from .forward import Forward, Pieces, Scorer
 from .keep import Keep, KeepArgument, Schedules, Solved, resolve_keep, spend
 from .plan import Plan
-from .policy import PAPER, Picked, Policy, policy_for
+from .policy import NAMED, PAPER, Picked, Policy, parse_policy, policy_for
 from .scoring import LayerSelector, default_rank, importance
 from .selecting import select
 
 __all__ = [
+    "NAMED",
     "PAPER",
     "Attachment",
     "Carry",
@@ -52,6 +53,7 @@ __all__ = [
     "PrefillFlops",
     "Schedules",
     "Scorer",
+    "Selection",
     "SelectiveLayer",
     "Selectors",
     "Solved",
@@ -65,6 +67,7 @@ __all__ = [
     "kv_bytes",
     "kv_bytes_expected",
     "make_pieces",
+    "parse_policy",
     "policy_for",
     "policy_of",
     "prefill_flops",

@@ -22,7 +22,7 @@ from .forward import Forward, Pieces, Scorer, no_phase
 from .keep import Keep, KeepArgument, Schedules, resolve_keep
 from .masks import check_bias, mask_style
 from .plan import Plan, make_plan, read_inputs
-from .policy import Picked, Policy, policy_for
+from .policy import PAPER, Picked, Policy, policy_for
 from .scoring import LayerSelector, importance, text_rows
 
 _attached: WeakSet[nn.Module] = WeakSet()
@@ -52,10 +52,14 @@ class Prefill:
     Attributes:
         visual_tokens: per sample.
         kept: `[layer][sample]`.
+        policy: under which.
+        carry_rank: of the carried updates; 0 where nothing is carried.
     """
 
     visual_tokens: tuple[int, ...]
     kept: tuple[tuple[int, ...], ...]
+    policy: Policy = PAPER
+    carry_rank: int = 0
 
     @property
     def layer_average(self) -> float:
@@ -332,7 +336,9 @@ class Attachment:
         plan = make_plan(input_ids, visual, mask, self._keep)
         self._set_plan(plan)
         if plan.keep_counts:
-            self.last = Prefill(plan.visual_counts, plan.keep_counts)
+            pieces = self._pieces
+            rank = pieces.carries[0].down.shape[0] if pieces.carries else 0
+            self.last = Prefill(plan.visual_counts, plan.keep_counts, pieces.policy, rank)
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._forget()

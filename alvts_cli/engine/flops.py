@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .policy import PAPER, Policy
 from .scoring import ROWS
 
 
@@ -27,10 +28,25 @@ class PrefillFlops:
         return self.layers + self.scoring
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What choosing tokens costs, beside the layers.
+
+    Attributes:
+        rank: `R` of the selectors; 0 when nothing is scored.
+        policy: how often they score, and what else happens.
+        carry_rank: of the carried updates.
+    """
+
+    rank: int = 0
+    policy: Policy = PAPER
+    carry_rank: int = 0
+
+
 def prefill_flops(
     text_config: Any,
     tokens_per_layer: Sequence[int],
-    rank: int,
+    selection: Selection,
     total_tokens: int,
     text_tokens: int = 0,
 ) -> PrefillFlops:
@@ -44,11 +60,15 @@ def prefill_flops(
                      see: t (t + 1) / 2 pairs, as the causal kernels compute them
         MLP          3 * 2 t D I  (gate, up, down)
 
-    A selector of rank `R` over all `T` tokens, in every layer that runs on fewer than `T`:
+    A selector of rank `R` over all `T` tokens, in every layer that ranks them anew:
 
         keys     2 T D R to the latent,  2 T R (G d) to the heads
         text     2 m D (H d) for the queries,  2 m T (H d) for logits,  2 m T H for their mean
 
+        compare  2 N^2 R between all `N` visual tokens where they are to differ,
+                 2 T t R with those that the layer runs on where these carry a mass
+
+    and in every layer that runs on fewer than `T`, with carried updates of rank `C`, 4 T D C;
     with `m` text tokens that ask, `M` but at most `ROWS`; those in front of the image, which ask
     nothing, are counted as if they did. Norms, softmax, rotary and activation functions, the few
     units for the visual rows, the vision tower and the output head are not counted.
@@ -56,7 +76,7 @@ def prefill_flops(
     Args:
         text_config: of the decoder.
         tokens_per_layer: text and kept visual tokens of every layer.
-        rank: `R`; 0 when nothing is scored.
+        selection: what choosing them takes.
         total_tokens: `T`.
         text_tokens: `M`. A layer that runs on no more than these keeps no visual token, and is
             not scored.
@@ -65,15 +85,25 @@ def prefill_flops(
     heads, kv_heads = text_config.num_attention_heads, text_config.num_key_value_heads
     head_dim = head_size(text_config)
     layers = scoring = 0
-    for tokens in tokens_per_layer:
+    rank, policy = selection.rank, selection.policy
+    ranked: int | None = None
+    for i, tokens in enumerate(tokens_per_layer):
         projections = 2 * tokens * width * head_dim * (2 * heads + 2 * kv_heads)
         attention = 4 * head_dim * heads * tokens * (tokens + 1) // 2
         layers += projections + attention + 6 * tokens * width * mlp
-        if rank and text_tokens < tokens < total_tokens:
+        if policy.carry and tokens < total_tokens:
+            scoring += 4 * total_tokens * width * selection.carry_rank
+        due = ranked is None or (policy.every > 0 and i - ranked >= policy.every)
+        if rank and due and text_tokens < tokens < total_tokens:
+            ranked = i
             scoring += 2 * total_tokens * rank * (width + kv_heads * head_dim)
             rows = min(text_tokens, ROWS)
             scoring += 2 * rows * width * heads * head_dim
             scoring += 2 * rows * total_tokens * heads * (head_dim + 1)
+            if policy.quality is not None:
+                scoring += 2 * (total_tokens - text_tokens) ** 2 * rank
+            if policy.mass:
+                scoring += 2 * total_tokens * tokens * rank
     return PrefillFlops(layers, scoring)
 
 

@@ -53,6 +53,26 @@ PAPER = Policy()
 """Each layer chooses the most important tokens; what is skipped stays as it is."""
 
 
+NAMED = {
+    "paper": PAPER,
+    "once": Policy(every=0, quality=0.3, mass=True),
+    "every-4": Policy(every=4, quality=0.3, mass=True, carry=True),
+    "each": Policy(every=1, quality=0.3, mass=True, carry=True),
+}
+"""Policies by the names that the command line has for them."""
+
+
+def parse_policy(name: str) -> Policy:
+    """A policy by its name.
+
+    Raises:
+        AlvtsError: not one of `NAMED`.
+    """
+    if name not in NAMED:
+        raise AlvtsError(f"unknown policy {name!r}; known: {', '.join(NAMED)}")
+    return NAMED[name]
+
+
 @dataclass(frozen=True)
 class Picked:
     """The policy that calibration picked for a keep ratio.

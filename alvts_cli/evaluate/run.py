@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..engine import Prefill, prefill_flops
+from ..engine import Prefill, Selection, prefill_flops
 from ..errors import AlvtsError
 from ..families import family_of
 from ..methods.base import Method
@@ -232,12 +232,13 @@ def _costs(
 ) -> list[tuple[tuple[tuple[int, int], ...], int, int]]:
     """Per sample: `kept` of an `Outcome`, its `flops` and its `slots`."""
     text_model: Any = family_of(model).text_model(model)
+    selection = Selection(rank, kept.policy, kept.carry_rank)
     costs = []
     for b, total in enumerate(tokens):
         counts = [layer[b] for layer in kept.kept]
         text = total - kept.visual_tokens[b]
         per_layer = [text + count for count in counts]
-        flops = prefill_flops(text_model.config, per_layer, rank, total, text).total
+        flops = prefill_flops(text_model.config, per_layer, selection, total, text).total
         costs.append((_run_lengths(counts), flops, sum(per_layer)))
     return costs
 

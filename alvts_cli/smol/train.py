@@ -138,8 +138,9 @@ class _Run:
             start = load_file(folder / f"adapter-{self.step}.safetensors")
             moments = load_file(folder / f"moments-{self.step}.safetensors")
         self.model = model.requires_grad_(False).bfloat16()
-        load_projector(model, start)
+        # In float32 before it is loaded, or a resumed run would go on from a rounded one.
         self.projector = model.model.multi_modal_projector.float().requires_grad_(True)
+        load_projector(model, start)
         self.lora: dict[str, Lora] = {}
         for number, layer in enumerate(model.model.language_model.layers):
             for name in LORA:
