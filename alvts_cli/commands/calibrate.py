@@ -67,9 +67,8 @@ def calibrate(
     words = Console(stderr=True, soft_wrap=True)
     loaded = load_model(model, device, dtype)
 
-    tried = min(settings.policy_samples, math.ceil(samples * settings.held_out))
-    Console().print(f"trying policies will cost about {prefills(tried):.0f} dense prefills")
     refused: list[str] = []
+    console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"))
     try:
         with Progress(
@@ -86,6 +85,11 @@ def calibrate(
             trials = progress.add_task("policies", total=None, done="")
 
             def on_layer(index: int, count: int, fit: LayerFit) -> None:
+                if index == 0:
+                    # Only once it is sure that there are samples enough.
+                    tried = min(settings.policy_samples, math.ceil(samples * settings.held_out))
+                    cost = f"trying policies will cost about {prefills(tried):.0f} dense prefills"
+                    console.print(cost)
                 done = f"{index + 1} of {count}, recall {fit.recall_after:.3f}"
                 progress.update(layers, total=count, completed=index + 1, done=done)
 
@@ -127,7 +131,6 @@ def calibrate(
     if skipped:
         lines = (f"skipped {len(skipped)} samples:", *skipped)
         words.print(*lines, sep="\n  ", markup=False, highlight=False)
-    console = Console()
     record = artifact.calibration
     console.print(fit_table(record))
     k = f"{settings.keep:.3f}"
