@@ -24,7 +24,7 @@ def merges():
         seen.append(in_place)
         return merge(hidden, index, new, valid, in_place)
 
-    with patch.dict(attach.__globals__, merge=spy):
+    with patch("alvts_cli.engine.forward.merge", spy):
         yield seen
 
 
