@@ -68,6 +68,7 @@ def test_the_table_and_the_file_have_everything(tmp_path):
         "new_tokens": 16,
         "keep": 0.25,
         "kept_per_layer": [64] * 16,
+        "policy": "chosen in each layer",
         "selectors": str(model_folder() / "selectors.safetensors"),
         "rank": 24,
         "compiled": False,
@@ -166,6 +167,19 @@ def test_a_schedule_is_timed_and_given_to_peers_that_take_it(tmp_path):
     assert alvts(*bench("--keep", 32, "--json", tmp_path / "b.json")).exit_code == 0
     refusal = alvts(*bench(*more[:4], "--baseline", tmp_path / "b.json"))
     assert refusal.exit_code == 1 and "kept_per_layer" in refusal.stderr
+
+
+def test_a_policy_by_its_name(tmp_path):
+    path = tmp_path / "a.json"
+    result = alvts(*bench("--policy", "once", "--keep", 64, "--json", path))
+    assert result.exit_code == 0, result.output
+    report = json.loads(path.read_text())
+    assert report["settings"]["policy"].startswith("chosen once, diverse")
+    # Scoring one layer for all is cheaper than the policy of the paper.
+    assert alvts(*bench("--policy", "paper", "--keep", 64, "--json", path)).exit_code == 0
+    assert json.loads(path.read_text())["metrics"]["flops"] > report["metrics"]["flops"]
+    refusal = alvts(*bench("--policy", "never"))
+    assert refusal.exit_code == 1 and "known: paper, once" in refusal.stderr
 
 
 def test_peers_run_at_the_same_layer_average(tmp_path):
