@@ -93,7 +93,8 @@ def kept_answers(
         for one in samples:
             found = _predict(model, one).float().log_softmax(dim=-1).cpu()
             loss += float(answer_divergence(one.dense, found))
-            same += bool((found.argmax(dim=-1) == one.answer[0].cpu()).all())
+            # Not the answer's tokens: a generation config may have ruled out the likeliest.
+            same += bool((found.argmax(dim=-1) == one.dense.argmax(dim=-1)).all())
     return Kept(check_finite(loss / len(samples), model.dtype), same / len(samples))
 
 

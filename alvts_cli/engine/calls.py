@@ -37,8 +37,8 @@ def cache_of(call: Any) -> Any:
 
 def going_on(output: Any) -> dict[str, Any]:
     """The KV cache of a model's output, as the keyword argument that the next call takes it by."""
-    cache = cache_of(output)
-    return {name: cache for name in CACHE_NAMES if cache is not None and output.get(name) is cache}
+    # By its first name alone: 5.24 knows both, and warns of the old one.
+    return next(({n: output[n]} for n in CACHE_NAMES if output.get(n) is not None), {})
 
 
 def check_layer_call(
