@@ -51,7 +51,7 @@ FIRST = 10_000_000
 class Recipe:
     """`steps` of `batch` pictures each; the rate falls to zero by a cosine over all of them."""
 
-    steps: int = 330
+    steps: int = 260
     batch: int = 8
     seed: int = 0
 
