@@ -35,8 +35,8 @@ class Carry:
 
 
 def default_carry_rank(hidden_size: int) -> int:
-    """`R` of the carried update: a 32nd of the width, and no less than 32 (measured in
-    `calibration/policy.py`)."""
+    """`R` of the carried update: a 32nd of the width, and no less than 32. What was tried
+    stands in `calibration/policy.py`; for wide models it is a guess."""
     return min(hidden_size, max(32, hidden_size // 32))
 
 
