@@ -37,8 +37,8 @@ the adapter it started from 56 questions, 30 layers; the same number of tokens i
   all" on pocket: at 8 tokens .192 to .102 on the 105 questions, at 5 .301 to .879, while on the 70
   it fell from .448 to .244: it fits the samples. So schedules are no longer searched for; files
   of format 3 hold some, found so for the paper's way, and they are still spent.
-- The carry above had rank 32 on pocket (24: the same, `carry.KEEP`) and 64 on smol; what ships has 32
-  on both. Other ranks were not compared.
+- The carry above had rank 32 on pocket (24: the same, `carry.KEEP`) and 64 on smol; what ships has
+  32 on both. Other ranks were not compared.
 """
 
 from collections.abc import Callable, Sequence
