@@ -26,7 +26,8 @@ from torch import Tensor
 from .engine.carry import Carry
 from .engine.keep import resolve_keep
 from .engine.policy import Picked, Policy
-from .engine.scoring import PLACES, LayerSelector
+from .engine.scoring import LayerSelector
+from .engine.sizes import PLACES
 from .errors import AlvtsError
 from .families import family_of
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alvts_cli.engine import Carry, Forward, Keep, LayerSelector, Pieces, Policy
-from alvts_cli.engine.attach import SelectorScorer
+from alvts_cli.engine.attaching import SelectorScorer
 from alvts_cli.engine.calls import POSITIONS
 from alvts_cli.engine.plan import make_plan
 from alvts_cli.families import family_of

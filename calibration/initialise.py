@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from alvts_cli.engine import LayerSelector
-from alvts_cli.engine.scoring import PLACES, UNITS
+from alvts_cli.engine.sizes import PLACES, UNITS
 from alvts_cli.families import QueryKey
 
 # A full decomposition takes 10 s at a width of 2048 on one core, and eight times that at 4096. The

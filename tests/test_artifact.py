@@ -24,7 +24,7 @@ from alvts_cli.artifact import (
     save_artifact,
 )
 from alvts_cli.engine import PAPER, Carry, LayerSelector, Picked, Policy
-from alvts_cli.engine.scoring import PLACES
+from alvts_cli.engine.sizes import PLACES
 
 RANK, KEYS, UNITS = 5, 16, 6
 POLICY = Policy(every=2, quality=0.3, mass=True, carry=True)

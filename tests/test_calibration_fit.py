@@ -14,7 +14,7 @@ from tiny import FAMILIES, make_inputs, make_model, one_image
 from alvts_cli import AlvtsError, attach
 from alvts_cli.artifact import Artifact, load_artifact, save_artifact
 from alvts_cli.engine import Keep, default_rank
-from alvts_cli.engine.attach import SelectorScorer
+from alvts_cli.engine.attaching import SelectorScorer
 from alvts_cli.engine.calls import POSITIONS
 from alvts_cli.engine.plan import make_plan
 from alvts_cli.engine.probe import attention_importance, project

@@ -24,8 +24,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from alvts_cli.engine import LayerSelector, importance, scoring, select
 from alvts_cli.engine.merging import gather_hidden, gather_positions, merge
 from alvts_cli.engine.probe import attention_means, project
-from alvts_cli.engine.scoring import ROWS, asking, means, places, text_rows
+from alvts_cli.engine.scoring import asking, means, places, text_rows
 from alvts_cli.engine.selecting import positions_of
+from alvts_cli.engine.sizes import ROWS
 from alvts_cli.families import family_of
 
 

@@ -21,7 +21,7 @@ from transformers import (
 
 from alvts_cli.engine import PAPER, Carry, LayerSelector, Picked, Policy
 from alvts_cli.engine.calls import CACHE_NAMES
-from alvts_cli.engine.scoring import PLACES
+from alvts_cli.engine.sizes import PLACES
 
 torch.set_num_threads(1)
 

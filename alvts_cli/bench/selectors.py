@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..engine import Carry, LayerSelector, Picked, default_carry_rank, default_rank
-from ..engine.scoring import PLACES, UNITS
+from ..engine.sizes import PLACES, UNITS
 from ..families import family_of
 
 DEFAULT_KEEP = 1 / 9

@@ -49,7 +49,7 @@ def check_keep(keep: str | None) -> None:
     """
     if keep is None:
         return
-    from ..engine import resolve_keep
+    from ..engine.keep import resolve_keep
 
     try:
         resolve_keep(keep, keep.count(",") + 1)

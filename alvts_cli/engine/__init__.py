@@ -11,68 +11,25 @@ In prefill every decoder layer
 4. caches the keys and values of what it ran on, and no others (`cache`).
 
 The next layer has all tokens to choose from again. `forward` puts that together, and forward hooks
-(`attach`) call it; nothing of the model or of transformers is patched. Another way of ranking
+(`attaching`) call it; nothing of the model or of transformers is patched. Another way of ranking
 tokens is one class with one method, a `Scorer`, given to `attach_scorer`.
+
+What is offered is listed in `names`, and loaded by the first use of any of it: torch and
+transformers come with that. `keep`, `policy` and `sizes` do without them.
 """
 
-from .attach import (
-    Attachment,
-    Prefill,
-    Selectors,
-    attach,
-    attach_scorer,
-    keep_of,
-    make_pieces,
-    policy_of,
-)
-from .cache import SelectiveLayer, prepare_cache
-from .calls import cache_of
-from .carry import Carry, default_carry_rank
-from .flops import PrefillFlops, Selection, kv_bytes, kv_bytes_expected, prefill_flops
-from .forward import Forward, Pieces, Scorer
-from .keep import Keep, KeepArgument, Schedules, Solved, resolve_keep, spend
-from .plan import Plan
-from .policy import NAMED, PAPER, Picked, Policy, parse_policy, policy_for
-from .scoring import LayerSelector, default_rank, importance
-from .selecting import select
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = [
-    "NAMED",
-    "PAPER",
-    "Attachment",
-    "Carry",
-    "Forward",
-    "Keep",
-    "KeepArgument",
-    "LayerSelector",
-    "Picked",
-    "Pieces",
-    "Plan",
-    "Policy",
-    "Prefill",
-    "PrefillFlops",
-    "Schedules",
-    "Scorer",
-    "Selection",
-    "SelectiveLayer",
-    "Selectors",
-    "Solved",
-    "attach",
-    "attach_scorer",
-    "cache_of",
-    "default_carry_rank",
-    "default_rank",
-    "importance",
-    "keep_of",
-    "kv_bytes",
-    "kv_bytes_expected",
-    "make_pieces",
-    "parse_policy",
-    "policy_for",
-    "policy_of",
-    "prefill_flops",
-    "prepare_cache",
-    "resolve_keep",
-    "select",
-    "spend",
-]
+if TYPE_CHECKING:
+    from .names import *  # noqa: F403
+
+
+def __getattr__(name: str) -> Any:
+    # Python asks for parts of the package this way too, before it imports them.
+    if name.startswith("_") or name == "names":
+        raise AttributeError(name)
+    names = import_module(".names", __name__)
+    if name not in names.__all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(names, name)

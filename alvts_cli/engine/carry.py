@@ -34,12 +34,6 @@ class Carry:
         return replace(self, down=self.down.to(device, dtype), up=self.up.to(device, dtype))
 
 
-def default_carry_rank(hidden_size: int) -> int:
-    """`R` of the carried update: a 32nd of the width, and no less than 32. What was tried
-    stands in `calibration/policy.py`; for wide models it is a guess."""
-    return min(hidden_size, max(32, hidden_size // 32))
-
-
 def carried(hidden: Tensor, carry: Carry, in_place: bool) -> Tensor:
     """`hidden` `[B, T, D]` with the fitted update added to every token.
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from .policy import PAPER, Policy
-from .scoring import ROWS
+from .sizes import ROWS
 
 
 @dataclass(frozen=True)

@@ -24,15 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .merging import gather_hidden, gather_positions
-
-PLACES = 3
-"""Numbers that tell a token's place (see `places`)."""
-
-UNITS = 16
-"""Hidden units of the network for the visual rows."""
-
-ROWS = 32
-"""Text tokens that attend, at most."""
+from .sizes import ROWS
 
 # Numbers of keys and of attention held at once, over all samples and heads: bounds memory. On a CPU
 # fewer were slower (2**15 to 2**19), more no faster.
@@ -95,12 +87,6 @@ class TextRows:
     index: Tensor
     valid: Tensor
     scaling: float
-
-
-def default_rank(hidden_size: int) -> int:
-    """`R` where nobody asks for another: a quarter of the paper's (256 for a width of 4096, 128 for
-    2048), and no less than 24. Measured in `calibration/align.py`."""
-    return max(24, hidden_size // 64)
 
 
 def asking(visual: Tensor, text: Tensor) -> Tensor:

@@ -1,0 +1,64 @@
+"""All that the engine offers, loaded together: torch comes with it."""
+
+from .attaching import (
+    Attachment,
+    Prefill,
+    Selectors,
+    attach,
+    attach_scorer,
+    keep_of,
+    make_pieces,
+    policy_of,
+)
+from .cache import SelectiveLayer, prepare_cache
+from .calls import cache_of
+from .carry import Carry
+from .flops import PrefillFlops, Selection, kv_bytes, kv_bytes_expected, prefill_flops
+from .forward import Forward, Pieces, Scorer
+from .keep import Keep, KeepArgument, Schedules, Solved, resolve_keep, spend
+from .plan import Plan
+from .policy import NAMED, PAPER, Picked, Policy, parse_policy, policy_for
+from .scoring import LayerSelector, importance
+from .selecting import select
+from .sizes import default_carry_rank, default_rank
+
+__all__ = [
+    "NAMED",
+    "PAPER",
+    "Attachment",
+    "Carry",
+    "Forward",
+    "Keep",
+    "KeepArgument",
+    "LayerSelector",
+    "Picked",
+    "Pieces",
+    "Plan",
+    "Policy",
+    "Prefill",
+    "PrefillFlops",
+    "Schedules",
+    "Scorer",
+    "Selection",
+    "SelectiveLayer",
+    "Selectors",
+    "Solved",
+    "attach",
+    "attach_scorer",
+    "cache_of",
+    "default_carry_rank",
+    "default_rank",
+    "importance",
+    "keep_of",
+    "kv_bytes",
+    "kv_bytes_expected",
+    "make_pieces",
+    "parse_policy",
+    "policy_for",
+    "policy_of",
+    "prefill_flops",
+    "prepare_cache",
+    "resolve_keep",
+    "select",
+    "spend",
+]

@@ -1,0 +1,22 @@
+"""Sizes that are fixed, or follow from a model's width."""
+
+PLACES = 3
+"""Numbers that tell a token's place (see `scoring.places`)."""
+
+UNITS = 16
+"""Hidden units of the network for the visual rows."""
+
+ROWS = 32
+"""Text tokens that attend, at most."""
+
+
+def default_rank(hidden_size: int) -> int:
+    """`R` where nobody asks for another: a quarter of the paper's (256 for a width of 4096, 128 for
+    2048), and no less than 24. Measured in `calibration/align.py`."""
+    return max(24, hidden_size // 64)
+
+
+def default_carry_rank(hidden_size: int) -> int:
+    """`R` of the carried update: a 32nd of the width, and no less than 32. What was tried
+    stands in `calibration/policy.py`; for wide models it is a guess."""
+    return min(hidden_size, max(32, hidden_size // 32))
