@@ -18,7 +18,7 @@ from .cache import SelectiveLayer, prepare_cache
 from .calls import POSITIONS, cache_of, check_layer_call, check_output, warn_if_untested
 from .carry import Carry
 from .compiling import compile_decoder
-from .forward import Forward, Pieces, Scorer, no_phase
+from .forward import Forward, Pieces, Scorer, Watch, no_phase
 from .keep import Keep, KeepArgument, Schedules, resolve_keep
 from .masks import check_bias, mask_style
 from .plan import Plan, make_plan, read_inputs
@@ -222,6 +222,8 @@ class Attachment:
         phase: in a forward with visual tokens, `phase(name)` is entered around "score", "select"
             and "merge" of every selecting layer, and around "layer", every layer itself; a
             benchmark may put a timer here. While it is set, nothing runs compiled.
+        watch: with a function here, it is called with a `Chosen` in every layer that a visual token
+            skips, before the layer runs. While it is set, nothing runs compiled.
     """
 
     def __init__(
@@ -254,6 +256,7 @@ class Attachment:
 
         self.last: Prefill | None = None
         self.phase: Callable[[str], AbstractContextManager[object]] = no_phase
+        self.watch: Watch | None = None
         self._forget()
 
         self._uncompile: Callable[[], None] | None = None
@@ -311,15 +314,20 @@ class Attachment:
         self._merged: Tensor | None = None
 
     def _plan_to_compile(self) -> Plan | None:
-        """The running forward's plan if it selects or decodes, and nobody watches its phases."""
-        if self._forward is None or self.phase is not no_phase:
+        """The running forward's plan if it selects or decodes, and nobody watches."""
+        if self._forward is None or self.phase is not no_phase or self.watch is not None:
             return None
         plan = self._forward.plan
         return plan if plan.keep_counts or plan.tokens == 1 else None
 
     def _set_plan(self, plan: Plan) -> None:
         self._forward = Forward(
-            plan, self._scorer, self._pieces, self._config._attn_implementation, self.phase
+            plan,
+            self._scorer,
+            self._pieces,
+            self._config._attn_implementation,
+            self.phase,
+            self.watch,
         )
 
     def _before_model(

@@ -28,6 +28,29 @@ def no_phase(name: str) -> AbstractContextManager[object]:
     return nullcontext()
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What a selecting layer runs on, as those are told who watch (`Attachment.watch`).
+
+    Attributes:
+        layer: number of the layer, from 0.
+        ranked_in: the layer that ranked the tokens: this one, or an earlier one whose choice holds.
+        index: int64 `[B, K]`, positions of text and kept visual tokens.
+        valid: bool `[B, K]`, False at the fill of shorter samples; None where there is none.
+        importance: `[B, T]` as the scorer gave it, -inf where not visual; None where the layer runs
+            on text alone.
+    """
+
+    layer: int
+    ranked_in: int
+    index: Tensor
+    valid: Tensor | None
+    importance: Tensor | None
+
+
+Watch = Callable[[Chosen], None]
+
+
 class Scorer(Protocol):
     """A method of choosing tokens: one number per visual token, in every layer that ranks."""
 
@@ -77,6 +100,7 @@ class _Choice:
         layer: that ranked.
         scores: `[B, T]`.
         latent: `[B, T, R]` of that layer, or None where tokens are not compared.
+        importance: `[B, T]`, the scores before tokens were compared; None where nobody watches.
         counts: `k` per sample that the rest is for.
         index, valid: as `select` has them; `valid` is None where all are real.
         bias: `[B, K]` of the logits, or None.
@@ -86,6 +110,7 @@ class _Choice:
     layer: int
     scores: Tensor
     latent: Tensor | None
+    importance: Tensor | None = None
     counts: tuple[int, ...] = ()
     index: Tensor | None = None
     valid: Tensor | None = None
@@ -94,7 +119,7 @@ class _Choice:
 
     def move(self, device: torch.device) -> None:
         """Put the tensors on the device of the coming layer."""
-        for name in ("scores", "latent", "index", "valid", "bias"):
+        for name in ("scores", "latent", "importance", "index", "valid", "bias"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor.to(device))
@@ -129,6 +154,7 @@ class Forward:
         pieces: Pieces,
         implementation: str,
         phase: Phase = no_phase,
+        watch: Watch | None = None,
     ) -> None:
         """
         Args:
@@ -136,13 +162,14 @@ class Forward:
             scorer: ranks the visual tokens.
             pieces: what else happens to them.
             implementation: `config._attn_implementation`.
-            phase: see `Attachment.phase`.
+            phase, watch: see `Attachment`.
         """
         self.plan = plan
         self.phase = phase
         self._scorer = scorer
         self._pieces = pieces
         self._implementation = implementation
+        self._watch = watch
         self._choice: _Choice | None = None
         self._running: _Running | None = None
 
@@ -179,6 +206,8 @@ class Forward:
                 self._settle(choice, positions_of(plan.text, max(plan.lengths(i))), i, kwargs)
         index, valid, bias = choice.index, choice.valid, choice.bias
         assert index is not None
+        if self._watch is not None:
+            self._watch(Chosen(i, choice.layer, index, valid, choice.importance))
         carry = self._pieces.carries[i] if self._pieces.policy.carry else None
         self._running = _Running(hidden, index, valid, ours, carry)
         with self.phase("select"):
@@ -228,7 +257,7 @@ class Forward:
         if choice is None or (policy.every and i - choice.layer >= policy.every):
             with self.phase("score"):
                 scores = self._scorer.importance(i, layer, hidden, plan, kwargs)
-            latent = None
+            latent, importance = None, scores if self._watch is not None else None
             if policy.compares:
                 selector = self._pieces.selectors[i]
                 assert selector is not None
@@ -236,7 +265,7 @@ class Forward:
                     latent = latent_of(hidden, selector)
                     if policy.quality is not None:
                         scores = diverse(scores, latent, plan.images, policy.quality, plan.several)
-            choice = self._choice = _Choice(i, scores, latent)
+            choice = self._choice = _Choice(i, scores, latent, importance)
         elif choice.scores.device != hidden.device:
             choice.move(hidden.device)
         if choice.counts != plan.keep_counts[i]:

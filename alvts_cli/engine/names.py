@@ -14,7 +14,7 @@ from .cache import SelectiveLayer, prepare_cache
 from .calls import cache_of
 from .carry import Carry
 from .flops import PrefillFlops, Selection, kv_bytes, kv_bytes_expected, prefill_flops
-from .forward import Forward, Pieces, Scorer
+from .forward import Chosen, Forward, Pieces, Scorer, Watch
 from .keep import Keep, KeepArgument, Schedules, Solved, resolve_keep, spend
 from .plan import Plan
 from .policy import NAMED, PAPER, Picked, Policy, parse_policy, policy_for
@@ -27,6 +27,7 @@ __all__ = [
     "PAPER",
     "Attachment",
     "Carry",
+    "Chosen",
     "Forward",
     "Keep",
     "KeepArgument",
@@ -43,6 +44,7 @@ __all__ = [
     "SelectiveLayer",
     "Selectors",
     "Solved",
+    "Watch",
     "attach",
     "attach_scorer",
     "cache_of",
