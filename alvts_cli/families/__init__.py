@@ -5,10 +5,11 @@ from typing import Any
 from ..errors import AlvtsError
 from . import llava, llava_next, qwen2_5_vl
 from .base import Family, QueryKey
+from .layout import View
 
 FAMILIES: tuple[Family, ...] = (llava.FAMILY, llava_next.FAMILY, qwen2_5_vl.FAMILY)
 
-__all__ = ["FAMILIES", "Family", "QueryKey", "family_of"]
+__all__ = ["FAMILIES", "Family", "QueryKey", "View", "family_of"]
 
 
 def family_of(model_or_config: Any) -> Family:

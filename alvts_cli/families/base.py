@@ -1,5 +1,6 @@
 """What the engine must know about an architecture, and nothing more."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import AlvtsError
+from .layout import View, layout
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,22 @@ class Family:
         states: Tensor = self.text_model(model).norm(hidden)  # type: ignore[operator]
         logits: Tensor = model.lm_head(states.to(model.lm_head.weight.device))
         return logits
+
+    def layout(
+        self, model: Any, processor: Any, inputs: Mapping[str, Tensor], sizes: Sequence[Any]
+    ) -> tuple[View, ...]:
+        """Where in the pictures the visual tokens lie; those in no view lie nowhere.
+
+        Args:
+            model: of this family.
+            processor: that made the inputs.
+            inputs: of one prompt.
+            sizes: width and height of every image in it, in pixels.
+
+        Raises:
+            AlvtsError: not known for this prompt.
+        """
+        return layout(self.name, model, processor, inputs, sizes)
 
     def check(self, model: Any) -> None:
         """Refuse what the method cannot run on.

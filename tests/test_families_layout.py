@@ -1,0 +1,209 @@
+"""Where visual tokens lie: a light in the picture must show in the token that is said to be there."""
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from tiny import IMAGE, VIDEO, make_model
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from alvts_cli import AlvtsError
+from alvts_cli.families import family_of
+
+
+class Processor:
+    """As much of one as a layout needs."""
+
+    def __init__(self, image_processor):
+        self.image_processor = image_processor
+
+
+def near_sighted(family):
+    """A model whose vision tower lets no patch see another."""
+    model = make_model(family)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            blind = ("out_proj.weight", "fc2.weight", "attn.proj.weight", "mlp.down_proj.weight")
+            if "language_model" not in name and name.endswith(blind):
+                weight.zero_()
+    return model
+
+
+def features(model, processor, images):
+    """The visual tokens `[N, D]` that the model makes of the pictures, and its inputs."""
+    inputs = dict(processor.image_processor(images, return_tensors="pt"))
+    with torch.no_grad():
+        made = model.model.get_image_features(**inputs, return_dict=True).pooler_output
+    made = torch.cat([f.reshape(-1, f.shape[-1]) for f in made])
+    # A word in front, between the pictures' tokens and behind makes no difference.
+    inputs["input_ids"] = torch.tensor([[5, *[IMAGE] * len(made), 7]])
+    return made, inputs
+
+
+def cells(view, size):
+    """Every token of a view with the middle of its part of the picture, in pixels."""
+    rows, columns = view.tokens.shape
+    left, top, right, bottom = view.box
+    for row in range(rows):
+        for column in range(columns):
+            x = (left + (column + 0.5) / columns * (right - left)) * size[0]
+            y = (top + (row + 0.5) / rows * (bottom - top)) * size[1]
+            yield int(view.tokens[row, column]), x, y
+
+
+CASES = {
+    # A wide and a high picture lose their ends to the crop in the middle.
+    "llava": ("llava", CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16)),
+    "llava stretched": (
+        "llava",
+        CLIPImageProcessorPil(size={"height": 16, "width": 16}, do_center_crop=False),
+    ),
+    "llava_next": (
+        "llava_next",
+        LlavaNextImageProcessorPil(
+            size={"shortest_edge": 16},
+            crop_size=16,
+            image_grid_pinpoints=[[16, 32], [32, 16], [32, 32]],
+        ),
+    ),
+    "qwen2_5_vl": (
+        "qwen2_5_vl",
+        Qwen2VLImageProcessorPil(
+            patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 4096}
+        ),
+    ),
+}
+SIZES = {"square": (64, 64), "wide": (128, 64), "high": (48, 96), "odd": (90, 70)}
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize(("family", "image_processor"), CASES.values(), ids=CASES)
+def test_a_light_shows_in_the_token_that_lies_there(family, image_processor, size):
+    model, processor = near_sighted(family), Processor(image_processor)
+    # The first picture is there to be told from the second.
+    images = [Image.new("RGB", (64, 80)), Image.new("RGB", size)]
+    dark, inputs = features(model, processor, images)
+    views = family_of(model).layout(model, processor, inputs, [i.size for i in images])
+    assert {view.picture for view in views} == {0, 1}
+    placed = torch.cat([view.tokens.flatten() for view in views])
+    assert len(placed.unique()) == len(placed)
+    tried = 0
+    for view in (v for v in views if v.picture == 1):
+        reach = 0.3 * min(size[0] / view.tokens.shape[1], size[1] / view.tokens.shape[0])
+        for token, x, y in cells(view, size):
+            if not (0 < x < size[0] and 0 < y < size[1]):
+                continue
+            lit = images[1].copy()
+            ImageDraw.Draw(lit).ellipse((x - reach, y - reach, x + reach, y + reach), fill="white")
+            change = (features(model, processor, [images[0], lit])[0] - dark).norm(dim=-1)
+            mine = view.tokens.flatten()
+            assert int(mine[change[mine].argmax()]) == token
+            nowhere = torch.ones(len(dark), dtype=torch.bool).scatter(0, placed, False)
+            assert not change[nowhere].any()
+            tried += 1
+    assert tried >= 12
+
+
+def test_llava_loses_the_ends_of_a_wide_picture():
+    model, processor = make_model("llava"), Processor(CASES["llava"][1])
+    picture = Image.new("RGB", (200, 100))
+    _, inputs = features(model, processor, [picture])
+    (view,) = family_of(model).layout(model, processor, inputs, [picture.size])
+    assert view.box == pytest.approx((0.25, 0, 0.75, 1))
+
+
+def test_a_border_makes_the_view_larger_than_the_picture():
+    model = make_model("llava")
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size=16)
+    image_processor.do_pad = True
+    inputs = {
+        "input_ids": torch.tensor([[IMAGE] * 16]),
+        "pixel_values": torch.zeros(1, 3, 16, 16),
+    }
+    (view,) = family_of(model).layout(model, Processor(image_processor), inputs, [(200, 100)])
+    assert view.box == pytest.approx((0, -0.5, 1, 1.5))
+
+
+def test_tiles_of_llava_next_leave_the_border_out():
+    model, processor = make_model("llava_next"), Processor(CASES["llava_next"][1])
+    picture = Image.new("RGB", (80, 60))
+    made, inputs = features(model, processor, [picture])
+    whole, tiles = family_of(model).layout(model, processor, inputs, [picture.size])
+    assert whole.tokens.shape == (4, 4) and tiles.tokens.shape == (6, 8)
+    # A token at the end of each of the six rows.
+    assert len(made) == 16 + 6 * 9
+    assert (whole.name, tiles.name) == ("whole", "tiles")
+
+
+def video_inputs(model, steps, grid, images=()):
+    """A prompt with a video behind images, as `image_grid_thw` and `video_grid_thw` tell."""
+    count = steps * grid[0] * grid[1] // 4
+    ids = [5]
+    for height, width in images:
+        ids += [92, *[IMAGE] * (height * width // 4), 6]
+    ids += [92, *[VIDEO] * count, 7]
+    inputs = {"input_ids": torch.tensor([ids]), "video_grid_thw": torch.tensor([[steps, *grid]])}
+    if images:
+        inputs["image_grid_thw"] = torch.tensor([[1, *one] for one in images])
+    return inputs
+
+
+def test_a_video_has_a_view_for_every_two_frames():
+    model = make_model("qwen2_5_vl")
+    inputs = video_inputs(model, 3, (4, 8), images=[(4, 4), (2, 6)])
+    views = family_of(model).layout(model, None, inputs, [(16, 16), (24, 8)])
+    assert [(v.picture, v.frames) for v in views] == [
+        *((0, None), (1, None), (0, (0, 1)), (0, (2, 3)), (0, (4, 5)))
+    ]
+    assert [tuple(v.tokens.shape) for v in views] == [(2, 2), (1, 3), *[(2, 4)] * 3]
+    assert torch.cat([v.tokens.flatten() for v in views]).tolist() == list(range(4 + 3 + 24))
+
+
+def test_a_light_in_a_frame_shows_in_its_view():
+    model = near_sighted("qwen2_5_vl")
+    image_processor = CASES["qwen2_5_vl"][1]
+    frames = [Image.new("RGB", (64, 32)) for _ in range(3)]
+    frames[1] = frames[1].copy()
+
+    def tokens():
+        # Two equal frames at a time are what an image is to Qwen.
+        made = image_processor(frames, return_tensors="pt")
+        (_, height, width), *_ = made["image_grid_thw"].tolist()
+        with torch.no_grad():
+            seen = model.model.get_video_features(
+                made["pixel_values"], torch.tensor([[3, height, width]]), return_dict=True
+            )
+        return torch.cat(list(seen.pooler_output)), (height, width)
+
+    dark, size = tokens()
+    views = family_of(model).layout(model, None, video_inputs(model, 3, size), [])
+    for token, x, y in cells(views[1], frames[1].size):
+        lit = Image.new("RGB", (64, 32))
+        ImageDraw.Draw(lit).ellipse((x - 2, y - 2, x + 2, y + 2), fill="white")
+        frames[1] = lit
+        assert int((tokens()[0] - dark).norm(dim=-1).argmax()) == token
+    assert views[1].frames == (2, 3)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+def test_tokens_that_do_not_fit_are_refused_by_name(family):
+    model, processor = make_model(family), Processor(CASES[family][1])
+    picture = Image.new("RGB", (64, 64))
+    _, inputs = features(model, processor, [picture])
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[IMAGE]])], dim=1)
+    with pytest.raises(AlvtsError, match=f"where the .* of this {family_of(model).name} prompt"):
+        family_of(model).layout(model, processor, inputs, [picture.size])
+
+
+def test_an_encoder_that_sees_an_image_several_times_is_refused():
+    model = make_model("llava")
+    # Four views of 16 tokens would also make a square.
+    inputs = {
+        "input_ids": torch.tensor([[IMAGE] * 64]),
+        "pixel_values": torch.zeros(4, 3, 16, 16),
+    }
+    with pytest.raises(AlvtsError, match="does not know where the 64 visual tokens"):
+        family_of(model).layout(model, Processor(CASES["llava"][1]), inputs, [(64, 64)])
