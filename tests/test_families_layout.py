@@ -1,4 +1,4 @@
-"""Where visual tokens lie: a light in the picture must show in the token that is said to be there."""
+"""Where visual tokens lie: a light in the picture must show in the token said to be there."""
 
 import pytest
 import torch

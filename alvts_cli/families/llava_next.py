@@ -48,7 +48,7 @@ def _tiles(config: Any, size: list[int]) -> tuple[Box, int, int]:
     from transformers.models.llava_next.modeling_llava_next import unpad_image
 
     patch = config.vision_config.patch_size
-    canvas = select_best_resolution(size, config.image_grid_pinpoints)
+    canvas = select_best_resolution(tuple(size), config.image_grid_pinpoints)
     rows, columns = (length // patch for length in canvas)
     numbered = unpad_image(grid(0, rows, columns)[None], size)[0]
     scale = min(length / own for length, own in zip(canvas, size, strict=True))
