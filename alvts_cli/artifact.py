@@ -1,10 +1,10 @@
 """The file that calibration writes and every other command reads: one `.safetensors`.
 
-Tensors: `layers.{i}.` with `down`, `up`, `inner`, `outer` and, where the model's keys have one,
-`key_bias` (see `engine.scoring.LayerSelector`); `carry.{i}.` with `down` and `up` where what is
-skipped can be carried (see `engine.carry.Carry`); and `fingerprint` `[L, 2, 16]` float32. The large
-ones are in the dtype the model was calibrated in: `attach` casts to the model's dtype anyway, so
-float32 for a bfloat16 model would only double the file.
+Tensors: `layers.{i}.` with `down`, `up`, `inner`, `outer` and, where the model's keys have them,
+`key_bias` and `key_norm` (see `engine.scoring.LayerSelector`); `carry.{i}.` with `down` and `up`
+where what is skipped can be carried (see `engine.carry.Carry`); and `fingerprint` `[L, 2, 16]`
+float32. The large ones are in the dtype the model was calibrated in: `attach` casts to the model's
+dtype anyway, so float32 for a bfloat16 model would only double the file.
 
 Metadata: one key, `alvts`, with a JSON object (safetensors writes several keys in random order, and
 the same calibration must give the same bytes). Nothing is ever unpickled.
@@ -189,10 +189,9 @@ def fingerprint(model: Any) -> Tensor:
         AlvtsError: an unknown architecture; weights that cannot be read.
     """
     family = family_of(model)
-    config = family.text_model(model).config
     rows = []
     for layer in family.layers(model):
-        projections = family.query_key(layer, config)
+        projections = family.query_key(layer)
         for weight in (projections.w_q, projections.w_k):
             if weight.is_meta:
                 raise AlvtsError("part of the model is offloaded; load it whole")
@@ -290,7 +289,7 @@ def unpack_layer(prefix: str, tensors: dict[str, Tensor], eps: float) -> LayerSe
     """The inverse of `pack_layer`; takes the tensors out of `tensors`.
 
     Raises:
-        KeyError: one of them, other than the bias, is not there.
+        KeyError: one of them, other than the bias and the norm, is not there.
     """
     return LayerSelector(
         down=tensors.pop(f"{prefix}down"),
@@ -299,6 +298,7 @@ def unpack_layer(prefix: str, tensors: dict[str, Tensor], eps: float) -> LayerSe
         inner=tensors.pop(f"{prefix}inner"),
         outer=tensors.pop(f"{prefix}outer"),
         eps=eps,
+        key_norm=tensors.pop(f"{prefix}key_norm", None),
     )
 
 
@@ -499,12 +499,16 @@ def _unpack_checked(
     rank, width = metadata["rank"], metadata["hidden_size"]
     # Of a damaged file they may have no dimension at all.
     keys, units = (sum(tensor.shape[:1]) for tensor in (selector.up, selector.inner))
+    norm = selector.key_norm
+    # Each head's; all that a file alone can tell is that it divides the keys.
+    head = sum(norm.shape[:1]) if norm is not None else keys
     shapes = {
         "down": (rank, width),
         "up": (keys, rank),
         "key_bias": (keys,),
         "inner": (units, rank + PLACES + 1),
         "outer": (units + PLACES,),
+        "key_norm": (head if head and keys % head == 0 else keys,),
     }
     named = pack_layer(prefix, selector)
     for name, tensor in named.items():

@@ -1,11 +1,12 @@
 """What reaches the first decoder layer, sample by sample."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from alvts_cli.engine.calls import POSITIONS
 from alvts_cli.engine.masks import build_mask
@@ -21,20 +22,29 @@ class Captured:
         hidden: `[1, T, D]` in the model's dtype, on the CPU: the input of the coming layer.
         positions: `(cos, sin)` as the layers take them, on the CPU.
         visual: bool `[1, T]`; every other token is text.
+        added: by the number of a later layer, what the decoder adds to its input beside the output
+            of the layer before, `[1, T, D]` on the CPU: features of the vision tower's middle
+            layers, in families that have them.
     """
 
     hidden: Tensor
     positions: tuple[Tensor, Tensor]
     visual: Tensor
+    added: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def enter(self, index: int, output: Tensor) -> None:
+        """Make `hidden` the input of layer `index`, from the output of the layer before."""
+        output = output.cpu()
+        self.hidden = output + self.added[index] if index in self.added else output
 
 
 class _Reached(Exception):
-    """The first layer was reached; the rest of the forward is not wanted."""
+    """The last layer was reached; the rest of the forward is not wanted."""
 
 
 @torch.no_grad()
 def capture(model: Any, inputs: Mapping[str, Any]) -> Captured:
-    """Run vision tower, projector and embeddings; stop in front of decoder layer 0.
+    """Run vision tower, projector and embeddings, and no decoder layer.
 
     Args:
         model: of a known family.
@@ -44,36 +54,55 @@ def capture(model: Any, inputs: Mapping[str, Any]) -> Captured:
         AlvtsError: there is no visual token in them.
     """
     family = family_of(model)
-    seen: dict[str, Any] = {}
+    layers: Any = family.layers(model)
+    calls: list[dict[str, Any]] = []
 
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.update(kwargs, hidden=args[0] if args else kwargs["hidden_states"])
-        raise _Reached
+    def stand_in(*args: Any, **kwargs: Any) -> Tensor:
+        hidden: Tensor = args[0] if args else kwargs["hidden_states"]
+        calls.append({**kwargs, "hidden": hidden})
+        if len(calls) == len(layers):
+            raise _Reached
+        # So that the next layer's input is what was added to it, and nothing else.
+        return torch.zeros_like(hidden)
 
-    handle = family.layers(model)[0].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
+    with _standing_in(layers, stand_in), suppress(_Reached):
         model(**inputs, use_cache=False)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    cos, sin = seen[POSITIONS]
+    first, *others = calls
+    cos, sin = first[POSITIONS]
+    added = {i: call["hidden"].cpu() for i, call in enumerate(others, 1) if call["hidden"].any()}
     visual = family.visual_mask(model, inputs["input_ids"])
     if not bool(visual.any()):
         raise AlvtsError("the processor made no visual tokens of the images")
-    return Captured(seen["hidden"].cpu(), (cos.cpu(), sin.cpu()), visual.cpu())
+    return Captured(first["hidden"].cpu(), (cos.cpu(), sin.cpu()), visual.cpu(), added)
+
+
+@contextmanager
+def _standing_in(layers: Any, stand_in: Any) -> Iterator[None]:
+    """Let `stand_in` be called in the place of every layer."""
+    before = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = stand_in
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
 
 
 @torch.no_grad()
-def advance(layer: Any, implementation: str, sample: Captured) -> None:
-    """Replace `sample.hidden` by the output of the dense `layer` for it.
+def advance(layer: Any, index: int, implementation: str, sample: Captured) -> None:
+    """Replace `sample.hidden` by the next layer's input, with the dense `layer` in between.
 
     Args:
         layer: a decoder layer.
+        index: its number.
         implementation: the attention implementation in use, which decides on the mask.
         sample: changed in place.
     """
-    sample.hidden = run_layer(layer, implementation, sample.hidden, sample.positions).cpu()
+    output = run_layer(layer, implementation, sample.hidden, sample.positions)
+    sample.enter(index + 1, output)
 
 
 def run_layer(

@@ -16,6 +16,7 @@ from alvts_cli.engine.attaching import SelectorScorer
 from alvts_cli.engine.calls import POSITIONS
 from alvts_cli.engine.plan import make_plan
 from alvts_cli.families import family_of
+from alvts_cli.families.layer import norm_eps, norm_weight
 
 from .capture import Captured, on_device, run_layer
 
@@ -113,8 +114,9 @@ def fit_carries(
             normed = layer.input_layernorm(hidden)
             sums.add(normed[visual].float(), update[visual].float())
         down, up = sums.solve(min(rank, width))
-        eps = layer.input_layernorm.variance_epsilon
-        carry = Carry(down * norms[i].float(), up, eps).to(device, norms[i].dtype)
+        norm = layer.input_layernorm
+        down = down * norm_weight(norm).float()
+        carry = Carry(down, up, norm_eps(norm)).to(device, norms[i].dtype)
         running.append(carry)
         found.append(carry.to(torch.device("cpu"), norms[i].dtype))
         for one, forward in zip(states, forwards, strict=True):
@@ -122,11 +124,12 @@ def fit_carries(
             kwargs = {POSITIONS: positions, "attention_mask": None, "use_cache": False}
             changed = forward.before(i, layer, hidden, kwargs)
             if changed is None:
-                one.hidden = run_layer(layer, implementation, hidden, positions).cpu()
+                output = run_layer(layer, implementation, hidden, positions)
             else:
                 chosen, told = changed
                 merged = forward.after(layer(chosen, **told))
                 assert merged is not None
-                one.hidden = merged.cpu()
+                output = merged
+            one.enter(i + 1, output)
         on_layer(i)
     return tuple(found)

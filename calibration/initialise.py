@@ -40,6 +40,7 @@ class Factors:
             inner=self.inner,
             outer=self.outer,
             eps=projections.norm_eps,
+            key_norm=None if projections.k_norm is None else projections.k_norm.detach().float(),
         )
 
 

@@ -93,7 +93,7 @@ def calibrate(
     family.check(model)
     config: Any = family.text_model(model).config
     layers: Any = family.layers(model)
-    most = min(family.query_key(layers[0], config).w_k.shape)
+    most = min(family.query_key(layers[0]).w_k.shape)
     rank = settings.rank or min(default_rank(config.hidden_size), most)
     if rank > most:
         raise AlvtsError(f"rank {rank} is more than this model allows; at most {most}")

@@ -57,7 +57,7 @@ def sweep(
         result = checkpoint.load(i) if checkpoint else None
         if result is None:
             result = _fit_layer(
-                family.query_key(layer, config),
+                family.query_key(layer),
                 # Passed on and not kept: they hold this layer's hidden states.
                 [_target(layer, sample, i) for sample in fitted],
                 [_target(layer, sample, i) for sample in held_out],
@@ -71,7 +71,7 @@ def sweep(
         on_layer(i, result.fit)
         if i + 1 < len(layers):
             for sample in samples:
-                advance(layer, config._attn_implementation, sample)
+                advance(layer, i, config._attn_implementation, sample)
     return results
 
 

@@ -16,6 +16,27 @@ from torch import Tensor
 from alvts_cli.engine import PAPER, Forward, Policy
 
 
+def added_features(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """What the decoder of a dense run adds behind each layer but the last, `[B, S, D]`."""
+    outputs: list[Tensor] = []
+    added: list[Tensor] = []
+
+    def look(module: Any, args: Any, kwargs: Any) -> None:
+        if outputs:
+            added.append(args[0] - outputs[-1])
+
+    layers = model.model.language_model.layers
+    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+    handles += [
+        layer.register_forward_hook(lambda m, a, output: outputs.append(output)) for layer in layers
+    ]
+    with torch.no_grad():
+        model(**inputs, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return added
+
+
 def decoder_inputs(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Embeddings `[B, S, D]` with the images in place, and the rotary tables, of a dense run."""
     seen: dict[str, Any] = {}
@@ -68,12 +89,17 @@ def naive_importance(
     if not asking:
         return from_visual.float()
     norm, query = layer.input_layernorm, layer.self_attn.q_proj
+    query_norm = getattr(layer.self_attn, "q_norm", None)
     keys = []
     for j in range(tokens):
         key = selector.up.double() @ latent[j]
         if selector.key_bias is not None:
             key = key + selector.key_bias.double()
-        keys.append([_turn(head, positions, j) for head in key.split(size)])
+        heads = key.split(size)
+        if selector.key_norm is not None:
+            weight = selector.key_norm.double()
+            heads = [weight * head / _length(head, selector.eps) for head in heads]
+        keys.append([_turn(head, positions, j) for head in heads])
     from_text = torch.zeros(tokens, dtype=torch.float64)
     for i in asking:
         normed = norm.weight.double() * x[i] / _length(x[i], norm.variance_epsilon)
@@ -81,6 +107,9 @@ def naive_importance(
         if query.bias is not None:
             states = states + query.bias.double()
         heads = states.split(size)
+        if query_norm is not None:
+            weight, eps = query_norm.weight.double(), query_norm.variance_epsilon
+            heads = [weight * head / _length(head, eps) for head in heads]
         for h, head in enumerate(heads):
             own = _turn(head, positions, i)
             shared = h * len(keys[0]) // len(heads)
@@ -194,6 +223,7 @@ def reference_logits(
         AssertionError: the choice is not the best by the formulas.
     """
     hidden, positions = decoder_inputs(model, inputs)
+    added = added_features(model, inputs)
     ids = inputs["input_ids"][0]
     visual = (ids == IMAGE) | (ids == VIDEO)
     size = len(ids)
@@ -253,4 +283,6 @@ def reference_logits(
                     normed = hidden[0, t] / _length(hidden[0, t], carry.eps)
                     hidden[0, t] = hidden[0, t] + carry.up @ (carry.down @ normed)
             hidden = torch.where(runs[None, :, None], new, hidden)
+            if i < len(added):
+                hidden = hidden + added[i]
         return model.lm_head(text_model.norm(hidden))[0]

@@ -29,8 +29,7 @@ from calibration.sweep import _target
 
 def projections(model: Any, layer: int = 0) -> QueryKey:
     family = family_of(model)
-    config = family.text_model(model).config
-    return family.query_key(family.layers(model)[layer], config)
+    return family.query_key(family.layers(model)[layer])
 
 
 def fit(model: Any, out: Path, resume: bool = False, **more: Any) -> Artifact:
@@ -264,8 +263,8 @@ def test_memory_is_flat_in_the_number_of_layers(monkeypatch: pytest.MonkeyPatch)
         count()
         return align(factors, of, targets, *rest, **more)
 
-    def watched_advance(layer: Any, implementation: str, sample: Any) -> None:
-        advance(layer, implementation, sample)
+    def watched_advance(layer: Any, index: int, implementation: str, sample: Any) -> None:
+        advance(layer, index, implementation, sample)
         alive.append(weakref.ref(sample.hidden))
         count()
 

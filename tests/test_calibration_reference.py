@@ -43,7 +43,7 @@ def test_equals_the_models_own_attention(family: str, attn: str) -> None:
             expected = naive(told.attentions[i], sample.visual)
             assert (expected > 0).sum() == sample.visual.sum()
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-10)
-            advance(layers[i], attn, sample)
+            advance(layers[i], i, attn, sample)
         assert layers[0].self_attn.config._attn_implementation == attn
 
 
@@ -51,12 +51,22 @@ def test_equals_the_models_own_attention(family: str, attn: str) -> None:
 def test_sweep_through_layers_is_the_dense_forward(family: str) -> None:
     model = make_model(family)
     inputs = make_inputs(model, one_image(family))
+    layers: Any = family_of(model).layers(model)
+    states: list[torch.Tensor] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args: states.append(args[0]))
+        for layer in layers
+    ]
     with torch.no_grad():
-        states = model(**inputs, output_hidden_states=True).hidden_states
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
     sample = capture(model, inputs)
-    for i, layer in enumerate(family_of(model).layers(model)[:-1]):
+    assert bool(sample.added) == (family == "qwen3_vl")
+    for i, layer in enumerate(layers[:-1]):
         torch.testing.assert_close(sample.hidden, states[i], rtol=0, atol=0)
-        advance(layer, "sdpa", sample)
+        advance(layer, i, "sdpa", sample)
+    torch.testing.assert_close(sample.hidden, states[-1], rtol=0, atol=0)
 
 
 def test_row_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,10 +83,11 @@ def test_capture_leaves_no_hook_and_stops_early() -> None:
     model = make_model("llava")
     layers: Any = family_of(model).layers(model)
     ran = []
-    handle = layers[0].register_forward_hook(lambda *_: ran.append(True))
+    handle = layers[0].mlp.register_forward_hook(lambda *_: ran.append(True))
     capture(model, make_inputs(model, one_image("llava")))
     handle.remove()
     assert not ran
     assert not layers[0]._forward_pre_hooks
+    assert "forward" not in vars(layers[0])
     with torch.no_grad():
         assert model(**make_inputs(model, one_image("llava"))).logits.isfinite().all()

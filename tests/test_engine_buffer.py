@@ -40,8 +40,10 @@ def test_in_place_gives_the_same_bits(family):
         with attach(model, make_selectors(family), KEEP), merges() as seen:
             with torch.no_grad():
                 fast = model(**inputs).logits
-            # The first writes to a copy: the embeddings are the model's.
-            assert seen == [False, True, True, True]
+            # The first writes to a copy: the embeddings are the model's. So is what it adds
+            # features to, behind the first two layers of Qwen3-VL.
+            added = family == "qwen3_vl"
+            assert seen == [False, not added, not added, True]
             seen.clear()
             slow = model(**inputs).logits
             assert seen == [False] * LAYERS

@@ -148,7 +148,7 @@ def test_selectors_of_another_model_are_refused():
 
 
 def test_unknown_architectures_are_named():
-    with pytest.raises(AlvtsError, match=r"'gpt2'.*llava, llava_next, qwen2_5_vl"):
+    with pytest.raises(AlvtsError, match=r"'gpt2'.*llava, llava_next, qwen2_5_vl, qwen3_vl"):
         family_of(type("Config", (), {"model_type": "gpt2"})())
 
 
@@ -175,10 +175,11 @@ def test_query_key_describes_the_projections(family):
     model = make_model(family)
     description = family_of(model)
     layer = description.layers(model)[0]
-    qk = description.query_key(layer, description.text_model(model).config)
+    qk = description.query_key(layer)
     assert qk.w_q.shape[0] == qk.num_heads * qk.head_dim
     assert qk.w_k.shape[0] == qk.num_kv_heads * qk.head_dim
     assert (qk.b_q is not None) == (family == "qwen2_5_vl")
+    assert (qk.q_norm is not None) == (qk.k_norm is not None) == (family == "qwen3_vl")
     x = torch.randn(1, 3, qk.w_q.shape[1])
     normed = qk.norm_weight * x * (x.pow(2).mean(-1, keepdim=True) + qk.norm_eps).rsqrt()
     expected = torch.nn.functional.linear(normed, qk.w_q, qk.b_q)

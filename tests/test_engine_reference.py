@@ -8,6 +8,7 @@ from tiny import (
     FAMILIES,
     IMAGE,
     LAYERS,
+    QWEN,
     Prompt,
     make_inputs,
     make_model,
@@ -76,13 +77,14 @@ def test_two_images_with_text_between(family):
     check_generation(model, make_inputs(model, prompt), 0.25, family)
 
 
-def test_video_and_image():
-    model = make_model("qwen2_5_vl")
+@pytest.mark.parametrize("family", QWEN)
+def test_video_and_image(family):
+    model = make_model(family)
     prompt = Prompt([1, 5, 9, 12, 33, 47], [(16, 32)], videos=[(4, 16, 32)])
     inputs = make_inputs(model, prompt)
-    check_generation(model, inputs, 0.4, "qwen2_5_vl")
+    check_generation(model, inputs, 0.4, family)
     only_video = make_inputs(model, Prompt([1, 5, 9, 12, 33], videos=[(4, 32, 32)]))
-    check_generation(model, only_video, 0.25, "qwen2_5_vl")
+    check_generation(model, only_video, 0.25, family)
 
 
 def test_an_image_without_any_text_before_or_after():
@@ -188,7 +190,7 @@ def test_a_second_image_in_a_later_turn(family, attn):
         name: torch.cat([first[name], second[name]], dim=int(name in PER_TOKEN)) for name in first
     }
     positions = {}
-    if family == "qwen2_5_vl":
+    if family in QWEN:
         grid = {k: whole[k] for k in ("image_grid_thw", "mm_token_type_ids")}
         positions["position_ids"] = model.model.get_rope_index(whole["input_ids"], **grid)[0]
     one = {k: v[..., :start] for k, v in positions.items()}

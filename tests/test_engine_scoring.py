@@ -175,13 +175,14 @@ def test_with_the_layers_own_keys_the_text_factor_is_the_real_one(family):
     """Of full rank a selector can hold all of `W_k`."""
     case = model_case(family, *samples(family))
     model = make_model(family)
-    own = family_of(model).query_key(case.layer, model.model.language_model.config)
+    own = family_of(model).query_key(case.layer)
     case.selector = replace(
         make_selectors(family, rank=WIDTH).layers[0],
         down=torch.diag(own.norm_weight),
         up=own.w_k,
         key_bias=own.b_k,
         eps=own.norm_eps,
+        key_norm=own.k_norm,
     )
     _, got = case.score(means)
     projected = project(case.layer, case.hidden, case.positions)

@@ -178,7 +178,7 @@ def test_oracle_is_alvts_with_a_perfect_selector(family, monkeypatch):
     description = family_of(model)
     selectors = make_selectors(family, rank=WIDTH)
     for i, layer in enumerate(description.layers(model)):
-        own = description.query_key(layer, description.text_model(model).config)
+        own = description.query_key(layer)
         selectors.layers[i] = replace(
             selectors.layers[i],
             down=torch.diag(own.norm_weight),
@@ -186,6 +186,7 @@ def test_oracle_is_alvts_with_a_perfect_selector(family, monkeypatch):
             key_bias=own.b_k,
             outer=torch.zeros_like(selectors.layers[i].outer),
             eps=own.norm_eps,
+            key_norm=own.k_norm,
         )
     samples = [one_image(family), Prompt([1, 5, 9], one_image(family, 3).images, seed=3)]
     inputs = make_inputs(model, *samples)

@@ -17,6 +17,8 @@ from transformers import (
     MistralConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from alvts_cli.engine import PAPER, Carry, LayerSelector, Picked, Policy
@@ -31,7 +33,8 @@ CACHE = next(name for name in CACHE_NAMES if name in signature(LlamaModel.forwar
 LAYERS = 4
 WIDTH = 32
 IMAGE, VIDEO, VISION_START, PAD = 90, 91, 92, 0
-FAMILIES = ("llava", "llava_next", "llava_next_mistral", "qwen2_5_vl")
+FAMILIES = ("llava", "llava_next", "llava_next_mistral", "qwen2_5_vl", "qwen3_vl")
+QWEN = ("qwen2_5_vl", "qwen3_vl")
 HEAD_SIZES = {"llava_next_mistral": 12}
 """Of a head, where it is not the width by the heads, 8."""
 
@@ -111,6 +114,34 @@ def make_model(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float
                 **special,
             )
         )
+    elif family == "qwen3_vl":
+        model = Qwen3VLForConditionalGeneration(
+            Qwen3VLConfig(
+                text_config=dict(
+                    **_TEXT,
+                    head_dim=8,
+                    rope_parameters=dict(
+                        rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1]
+                    ),
+                ),
+                vision_config=dict(
+                    depth=2,
+                    hidden_size=16,
+                    intermediate_size=24,
+                    num_heads=2,
+                    patch_size=4,
+                    spatial_merge_size=2,
+                    temporal_patch_size=2,
+                    num_position_embeddings=64,
+                    deepstack_visual_indexes=[0, 1],
+                    out_hidden_size=WIDTH,
+                    in_channels=3,
+                ),
+                video_token_id=VIDEO,
+                vision_start_token_id=VISION_START,
+                **special,
+            )
+        )
     else:
         raise ValueError(family)
     with torch.no_grad():
@@ -143,13 +174,14 @@ class Selectors:
 
 
 def random_selector(
-    generator: torch.Generator, keys: int, bias: bool = False, rank: int = 3
+    generator: torch.Generator, keys: int, bias: bool = False, rank: int = 3, norm: int = 0
 ) -> LayerSelector:
     """One that tells tokens clearly apart, by what they are and by where they are.
 
     Args:
         keys: numbers of a token's keys, all key heads together.
         bias: whether there is a `key_bias`.
+        norm: size of a head where its keys have a norm.
     """
     units = 4
 
@@ -163,6 +195,7 @@ def random_selector(
         inner=random(units, rank + PLACES + 1) * 0.3,
         outer=random(units + PLACES),
         eps=1e-6,
+        key_norm=1 + 0.3 * random(norm) if norm else None,
     )
 
 
@@ -174,7 +207,13 @@ def make_selectors(
     generator = torch.Generator().manual_seed(1)
     keys = _TEXT["num_key_value_heads"] * HEAD_SIZES.get(family, 8)
     layers: list[LayerSelector | None] = [
-        random_selector(generator, keys, bias=family == "qwen2_5_vl", rank=rank)
+        random_selector(
+            generator,
+            keys,
+            bias=family == "qwen2_5_vl",
+            rank=rank,
+            norm=8 if family == "qwen3_vl" else 0,
+        )
         for _ in range(LAYERS)
     ]
     carries = []
@@ -255,7 +294,8 @@ def _pixels(model: Any, prompts: list[Prompt]) -> dict[str, torch.Tensor]:
 def make_inputs(model: Any, *prompts: Prompt) -> dict[str, torch.Tensor]:
     """Inputs of a left-padded batch, as a processor would make them."""
     # Qwen marks where a picture starts, and counts the pictures of a prompt by that.
-    start = [VISION_START] if model.config.model_type == "qwen2_5_vl" else []
+    family = model.config.model_type
+    start = [VISION_START] if family in QWEN else []
     rows = []
     for prompt in prompts:
         ids = list(prompt.text[: prompt.at])
@@ -263,18 +303,20 @@ def make_inputs(model: Any, *prompts: Prompt) -> dict[str, torch.Tensor]:
             ids += start + [IMAGE] * image_tokens(model, size)
             ids += prompt.text[prompt.at + i : prompt.at + i + 1]
         for frames, height, width in prompt.videos:
-            ids += start + [VIDEO] * (frames // 2 * (height // 8) * (width // 8))
+            # Qwen3-VL has every two frames by themselves.
+            times = frames // 2 if family == "qwen3_vl" else 1
+            ids += times * (start + [VIDEO] * (frames // 2 // times * (height // 8) * (width // 8)))
         rows.append(ids + list(prompt.text[prompt.at + len(prompt.images) :]))
     longest = max(map(len, rows))
     input_ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     inputs = {"input_ids": input_ids, "attention_mask": mask, **_pixels(model, list(prompts))}
-    if model.config.model_type == "qwen2_5_vl":
+    if family in QWEN:
         inputs["mm_token_type_ids"] = (input_ids == IMAGE).int() + 2 * (input_ids == VIDEO).int()
     return inputs
 
 
 def one_image(family: str, seed: int = 0) -> Prompt:
     """A prompt with one image of the family's usual size, 12 text tokens."""
-    size = {"llava": (16, 16), "qwen2_5_vl": (32, 48)}.get(family, (32, 32))
+    size = {"llava": (16, 16)}.get(family, (32, 48) if family in QWEN else (32, 32))
     return Prompt([1, 5, 9, 12, 33, 47, 51, 60, 71, 72, 80, 3], [size], seed=seed)

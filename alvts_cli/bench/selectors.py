@@ -9,6 +9,7 @@ import torch
 from ..engine import Carry, LayerSelector, Picked, default_carry_rank, default_rank
 from ..engine.sizes import PLACES, UNITS
 from ..families import family_of
+from ..families.layer import norm_eps
 
 DEFAULT_KEEP = 1 / 9
 """Of random selectors: 64 of 576 tokens, the paper's main setting."""
@@ -39,7 +40,7 @@ def random_selectors(model: Any) -> RandomSelectors:
         return random.to(model.device, model.dtype)
 
     def selector(layer: Any) -> LayerSelector:
-        projections = family.query_key(layer, config)
+        projections = family.query_key(layer)
         return LayerSelector(
             down=matrix(rank, config.hidden_size),
             up=matrix(projections.w_k.shape[0], rank),
@@ -47,11 +48,12 @@ def random_selectors(model: Any) -> RandomSelectors:
             inner=matrix(UNITS, rank + PLACES + 1).float(),
             outer=matrix(1, UNITS + PLACES)[0].float(),
             eps=projections.norm_eps,
+            key_norm=projections.k_norm,
         )
 
     width, low = config.hidden_size, default_carry_rank(config.hidden_size)
     layers: Any = family.layers(model)
-    eps = [layer.input_layernorm.variance_epsilon for layer in layers]
+    eps = [norm_eps(layer.input_layernorm) for layer in layers]
     # Small: random updates are not to blow the states up.
     carries = [Carry(matrix(low, width), matrix(width, low) * 0.01, e) for e in eps]
     return RandomSelectors([selector(layer) for layer in layers], carries=carries)

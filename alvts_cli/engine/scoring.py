@@ -44,7 +44,9 @@ class LayerSelector:
         key_bias: `[G * d]`, of the model's own keys, or None.
         inner: `[m, R + PLACES + 1]`, from `z`, the place and a 1 to the hidden units.
         outer: `[m + PLACES]`, from the hidden units and the place to `log S_V2V`.
-        eps: of the layer's input RMSNorm.
+        eps: of the layer's input RMSNorm, and of the keys'.
+        key_norm: `[d]`, the weight of the model's own RMSNorm of each key head, in front of the
+            rotary positions; None where it has none.
     """
 
     down: Tensor
@@ -53,10 +55,11 @@ class LayerSelector:
     inner: Tensor
     outer: Tensor
     eps: float
+    key_norm: Tensor | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "LayerSelector":
         """A copy for a layer's device and dtype. The small network stays in float32."""
-        bias = self.key_bias
+        bias, norm = self.key_bias, self.key_norm
         return replace(
             self,
             down=self.down.to(device, dtype),
@@ -64,10 +67,11 @@ class LayerSelector:
             key_bias=None if bias is None else bias.to(device, dtype),
             inner=self.inner.to(device, torch.float32),
             outer=self.outer.to(device, torch.float32),
+            key_norm=None if norm is None else norm.to(device, dtype),
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name; without the bias where there is none."""
+        """By name; without the bias and the norm where there are none."""
         named = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in named.items() if isinstance(value, Tensor)}
 
@@ -130,7 +134,9 @@ def text_rows(
     """
     attention = layer.self_attn
     states = attention.q_proj(layer.input_layernorm(gather_hidden(hidden, index)))
-    query = states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+    states = states.unflatten(-1, (-1, attention.head_dim))
+    norm = getattr(attention, "q_norm", None)
+    query = (states if norm is None else norm(states)).transpose(1, 2)
     return TextRows(
         rotate(query, gather_positions(positions, index)), index, valid, attention.scaling
     )
@@ -238,7 +244,10 @@ def _text_mean(
     while group < groups:
         part = slice(group, group + some)
         keys = (up[part].flatten(0, 1) @ latent).unflatten(1, (-1, width))
-        keys = _rotate_columns(keys if bias is None else keys + bias[part], cos, sin)
+        keys = keys if bias is None else keys + bias[part]
+        if selector.key_norm is not None:
+            keys = _norm_columns(keys, selector.key_norm, selector.eps)
+        keys = _rotate_columns(keys, cos, sin)
         start = 0
         while start < count:
             block = slice(start, start + size)
@@ -255,6 +264,12 @@ def _text_mean(
             start += size
         group += some
     return mean / heads
+
+
+def _norm_columns(states: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The RMSNorm of weight `[d]` on every column of `[B, G, d, T]`."""
+    scale = torch.rsqrt(states.float().square().mean(dim=2, keepdim=True) + eps)
+    return states * (scale * weight[:, None]).to(states.dtype)
 
 
 def _rotate_columns(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

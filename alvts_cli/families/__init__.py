@@ -3,11 +3,17 @@
 from typing import Any
 
 from ..errors import AlvtsError
-from . import llava, llava_next, qwen2_5_vl
-from .base import Family, QueryKey
+from . import llava, llava_next, qwen2_5_vl, qwen3_vl
+from .base import Family
+from .layer import QueryKey
 from .layout import View
 
-FAMILIES: tuple[Family, ...] = (llava.FAMILY, llava_next.FAMILY, qwen2_5_vl.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    llava.FAMILY,
+    llava_next.FAMILY,
+    qwen2_5_vl.FAMILY,
+    qwen3_vl.FAMILY,
+)
 
 __all__ = ["FAMILIES", "Family", "QueryKey", "View", "family_of"]
 

@@ -4,31 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import AlvtsError
+from .layer import QueryKey, describe
 from .layout import View, layout
-
-
-@dataclass(frozen=True)
-class QueryKey:
-    """A layer's query and key projections and the norm in front of them.
-
-    `w_q` is `[num_heads * head_dim, D]`, `w_k` is `[num_kv_heads * head_dim, D]` (not repeated),
-    the biases are `[num_heads * head_dim]` / `[num_kv_heads * head_dim]` or None, and
-    `norm_weight` is `[D]`. The tensors are the model's own: do not write to them.
-    """
-
-    w_q: Tensor
-    b_q: Tensor | None
-    w_k: Tensor
-    b_k: Tensor | None
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    norm_weight: Tensor
-    norm_eps: float
 
 
 @dataclass(frozen=True)
@@ -64,30 +44,9 @@ class Family:
             mask = mask | (input_ids == token_id)
         return mask
 
-    def query_key(self, layer: Any, text_config: Any) -> QueryKey:
-        """The projections of one decoder layer.
-
-        Raises:
-            AlvtsError: the weights are quantised, so no matrix can be read from them.
-        """
-        attention, norm = layer.self_attn, layer.input_layernorm
-        for projection in (attention.q_proj, attention.k_proj):
-            if not torch.is_floating_point(projection.weight):
-                raise AlvtsError(
-                    "the query and key projections are quantised and cannot be read; "
-                    "load the model in bfloat16, float16 or float32"
-                )
-        return QueryKey(
-            w_q=attention.q_proj.weight,
-            b_q=attention.q_proj.bias,
-            w_k=attention.k_proj.weight,
-            b_k=attention.k_proj.bias,
-            num_heads=text_config.num_attention_heads,
-            num_kv_heads=text_config.num_key_value_heads,
-            head_dim=attention.head_dim,
-            norm_weight=norm.weight,
-            norm_eps=norm.variance_epsilon,
-        )
+    def query_key(self, layer: Any) -> QueryKey:
+        """The projections of one decoder layer; see `layer.describe`."""
+        return describe(layer)
 
     def logits(self, model: Any, hidden: Tensor) -> Tensor:
         """Output of the last decoder layer `[B, T, D]` -> logits `[B, T, V]`."""
