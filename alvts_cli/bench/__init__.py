@@ -4,6 +4,7 @@
 - `inputs`     a prompt of a wanted size, without a processor
 - `measure`    dense and selective runs in turn
 - `statistics` medians, quartiles, the interval of a ratio
+- `launches`   what a GPU would be asked to launch, counted without one
 - `metrics`    the figures by name, and gates on them
 - `report`     the table and the JSON file
 - `baseline`   comparing with an earlier JSON file

@@ -4,6 +4,7 @@ Only ratios and counts are compared: absolute times say as much about the day as
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ def regressions(
         if not (metric.portable and metric.better) or not isinstance(before, int | float):
             continue
         now = figures[name]
-        worse = (before - now if metric.better > 0 else now - before) / before
+        worse = before - now if metric.better > 0 else now - before
+        # Of nothing, anything more is infinitely worse.
+        worse = worse / before if before else math.inf * worse if worse else 0.0
         # Not to fail on the last bit of a division when nothing is tolerated.
         if worse > tolerance + 1e-9:
             lines.append(

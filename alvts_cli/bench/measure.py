@@ -12,6 +12,7 @@ from ..engine import Attachment, Prefill, Selection, attach, prefill_flops
 from ..families import family_of
 from ..methods import make_method
 from .compiled import compiled, compiler_errors
+from .launches import Prompts, count_launches
 from .memory import peak_memory
 from .short import shortened
 from .statistics import efficiency, ratio
@@ -204,7 +205,11 @@ def _counted(subject: Subject, kept: Prefill) -> dict[str, float]:
 
     dense = flops([prompt.visual_tokens] * len(kept.kept))
     # All samples are alike.
-    selective = flops([layer[0] for layer in kept.kept])
+    counts = [layer[0] for layer in kept.kept]
+    selective = flops(counts)
+    prompts = Prompts(batch, prompt.visual_tokens, prompt.text_tokens)
+    model = subject.model
+    launches = count_launches(model.config, kept.policy, prompts, model.dtype)
     return {
         "flops": selective,
         "flops_dense": dense,
@@ -212,6 +217,15 @@ def _counted(subject: Subject, kept: Prefill) -> dict[str, float]:
         "visual_tokens": prompt.visual_tokens,
         "visual_tokens_kept": kept.layer_average,
         "text_tokens": prompt.text_tokens,
+        "launches_dense": launches.dense,
+        "launches_over_dense": launches.chooses - launches.dense,
+        "launches_going_on": launches.goes_on - launches.dense,
+        "launches_text_only": launches.text_only - launches.dense,
+        "launches_once": launches.once,
+        "launches_prefill": launches.over_dense(counts, prompt.visual_tokens, kept.policy),
+        "launches_decode": launches.decode - launches.decode_dense,
+        "host_syncs": launches.host_syncs,
+        "host_copies": launches.copies,
     }
 
 

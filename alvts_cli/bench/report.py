@@ -164,6 +164,27 @@ def to_table(
         f"{figures['kv_ratio']:.2f}",
     )
     table.add_row(
+        "launches a layer: choosing, going on, text alone",
+        f"{figures['launches_dense']:g}",
+        ", ".join(
+            f"{figures['launches_dense'] + figures[name]:g}"
+            for name in ("launches_over_dense", "launches_going_on", "launches_text_only")
+        ),
+        "",
+    )
+    table.add_row(
+        "launches over dense: once, whole prefill",
+        "",
+        f"{figures['launches_once']:g}, {figures['launches_prefill']:g}",
+        "",
+    )
+    table.add_row(
+        "waits for the device, copies to it, in the layers",
+        "",
+        f"{figures['host_syncs']:g}, {figures['host_copies']:g}",
+        "",
+    )
+    table.add_row(
         "peak above weights",
         *(
             "n/a" if peak is None else megabytes(peak)

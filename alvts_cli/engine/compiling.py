@@ -25,7 +25,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch._dynamo.exc import FailOnRecompileLimitHit
 
 from .calls import cache_of
 
@@ -50,6 +49,9 @@ def compile_decoder(
     Returns:
         Puts the model's own forward back.
     """
+    # Takes a second or more to import, and is wanted here alone.
+    from torch._dynamo.exc import FailOnRecompileLimitHit
+
     own = vars(decoder).get("forward")
     plain = decoder.forward
 

@@ -1,0 +1,108 @@
+"""Counting launches on a GPU that is not there."""
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+from tiny import FAMILIES, make_model
+
+from alvts_cli.bench.launches import Launches, Prompts, count_launches
+from alvts_cli.engine import NAMED, PAPER
+from alvts_cli.engine.attaching import SelectorScorer
+from alvts_cli.shapes import shape_config
+
+SCORE = SelectorScorer.importance
+
+
+def scoring(more):
+    """Let every scorer do `more` first, which gets the layer's input."""
+
+    def importance(self, layer_index, layer, hidden, plan, kwargs):
+        scores = SCORE(self, layer_index, layer, hidden, plan, kwargs)
+        more(hidden)
+        return scores
+
+    return patch.object(SelectorScorer, "importance", importance)
+
+
+def test_a_dense_layer_is_what_it_is_made_of():
+    counted = count_launches(shape_config("llava-1.5-7b"), PAPER)
+    norm = ["_to_copy", "pow", "mean", "add", "rsqrt", "mul", "_to_copy", "mul"]
+    turned = ["mul", "neg", "cat", "mul", "add"]
+    attention = [*["mm"] * 3, *turned, *turned, "cat", "cat", "attention", "mm", "add"]
+    mlp = ["mm", "silu", "mm", "mul", "mm", "add"]
+    assert list(counted.operators["dense"]) == [*norm, *attention, *norm, *mlp]
+    assert counted.dense == counted.decode_dense == len(counted.operators["dense"])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("policy", NAMED.values(), ids=NAMED)
+def test_nothing_in_a_layer_waits_or_is_copied(family, policy):
+    config = make_model(family).config
+    for prompts in (Prompts(), Prompts(3, 40, 12, ragged=True)):
+        counted = count_launches(config, policy, prompts, torch.float32)
+        assert (counted.host_syncs, counted.copies) == (0, 0)
+        # The numbers of tokens.
+        assert counted.host_syncs_once == 1
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda hidden: hidden.sum().item(),
+        lambda hidden: bool(hidden.amax() > 0),
+        lambda hidden: hidden[0, :, 0].nonzero(),
+        lambda hidden: hidden[0, 0].tolist(),
+        lambda hidden: hidden.cpu(),
+    ],
+)
+def test_a_read_in_a_layer_is_seen(read):
+    with scoring(read):
+        counted = count_launches(make_model("llava").config, PAPER)
+    # Three layers that choose.
+    assert (counted.host_syncs, counted.copies) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda hidden: torch.arange(hidden.shape[1]),
+        lambda hidden: torch.tensor([0.5], device=hidden.device),
+    ],
+)
+def test_a_tensor_made_on_the_host_in_a_layer_is_seen(make):
+    with scoring(make):
+        counted = count_launches(make_model("llava").config, PAPER)
+    assert counted.copies >= 3 and counted.host_syncs == 0
+
+
+def test_a_launch_more_is_seen():
+    config = make_model("llava").config
+    before = count_launches(config, PAPER)
+    with scoring(lambda hidden: hidden + 1):
+        after = count_launches(config, PAPER)
+    assert after.chooses == before.chooses + 1
+    assert replace(after, chooses=before.chooses, operators={}) == replace(before, operators={})
+
+
+@pytest.mark.parametrize(
+    ("every", "expected"), [(1, 4 * 9 + 5 + 50), (0, 9 + 2 * 2 + 3 + 5 + 50), (3, 3 * 9 + 2 + 55)]
+)
+def test_a_whole_prefill_is_its_layers(every, expected):
+    """Chosen, gone on with, text, dense, the same again, another number."""
+    kinds = dict(dense=40, chooses=49, goes_on=42, goes_on_otherwise=43, text_only=45, once=50)
+    rest = dict.fromkeys(
+        (
+            *("decode", "decode_dense", "host_syncs"),
+            *("host_syncs_once", "copies", "copies_once"),
+        ),
+        0,
+    )
+    counted = Launches(**kinds, **rest, operators={})
+    policy = replace(PAPER, every=every)
+    if every == 3:
+        # Ranked anew in layers 0, 4 (three or more later) and 8.
+        assert counted.over_dense([6, 6, 0, 9, 6, 9, 9, 9, 6], 9, policy) == expected
+    else:
+        assert counted.over_dense([6, 6, 0, 9, 6, 7], 9, policy) == expected
