@@ -12,7 +12,7 @@ from transformers import TextStreamer
 
 from .artifact import Artifact, load_artifact
 from .bench.timing import generate
-from .engine import attach
+from .engine import Watch, attach
 from .families import family_of
 from .models import Loaded, find_selectors
 from .prompts import build_inputs
@@ -80,6 +80,7 @@ def answer(
     keep: str | None,
     max_new_tokens: int,
     stream: bool,
+    watch: Watch | None = None,
 ) -> Answer:
     """Answer greedily.
 
@@ -90,6 +91,7 @@ def answer(
         keep: as `resolve_keep` reads it; None for what the selectors say.
         max_new_tokens: longest answer.
         stream: print the words as they come.
+        watch: of the `Attachment`; not called for the dense model.
 
     Raises:
         AlvtsError: a `keep` that does not fit the model.
@@ -98,6 +100,8 @@ def answer(
     streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
     selecting: Any = nullcontext() if selectors is None else attach(model, selectors, keep)
     with selecting as attachment:
+        if attachment is not None:
+            attachment.watch = watch
         made = generate(
             model,
             inputs,

@@ -21,6 +21,8 @@ from .commands.info import info
 from .commands.models import models
 from .commands.pocket import pocket
 from .commands.run import run
+from .commands.show import EPILOG as SHOW_EPILOG
+from .commands.show import show
 from .commands.smol import smol
 from .errors import AlvtsError
 
@@ -113,6 +115,7 @@ def _common(
 
 
 app.command()(run)
+app.command(epilog=SHOW_EPILOG)(show)
 app.command(epilog=EPILOG)(bench)
 app.command()(calibrate)
 app.command("eval", epilog=EVAL_EPILOG)(evaluate)
