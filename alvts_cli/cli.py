@@ -20,6 +20,7 @@ from .commands.eval import evaluate
 from .commands.info import info
 from .commands.models import models
 from .commands.pocket import pocket
+from .commands.run import EPILOG as RUN_EPILOG
 from .commands.run import run
 from .commands.show import EPILOG as SHOW_EPILOG
 from .commands.show import show
@@ -112,9 +113,10 @@ def _common(
     # Read when transformers is imported, by the command that needs it.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
-app.command()(run)
+app.command(epilog=RUN_EPILOG)(run)
 app.command(epilog=SHOW_EPILOG)(show)
 app.command(epilog=EPILOG)(bench)
 app.command()(calibrate)

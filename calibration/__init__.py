@@ -1,6 +1,6 @@
 """Fitting the selectors of a model, offline, with the model frozen.
 
-1. `data` reads samples (`sources`, `hub`), `capture` runs them up to the first decoder layer.
+1. `capture` runs samples (of `alvts_cli.data`) up to the first decoder layer.
 2. `sweep` goes through the layers with one layer's hidden states in memory:
    - the reference `S*` is computed from the layer's real attention (`alvts_cli.engine.probe`),
    - `initialise` starts the factors from a truncated SVD,
@@ -14,9 +14,19 @@
 Nothing in `alvts_cli.engine` knows of this package.
 """
 
+from alvts_cli.data import Reader, Sample, Source, read_data
+
 from .checkpoint import Checkpoint
-from .data import Reader, Sample, read_data
 from .run import Watch, calibrate
 from .settings import Settings
 
-__all__ = ["Checkpoint", "Reader", "Sample", "Settings", "Watch", "calibrate", "read_data"]
+__all__ = [
+    "Checkpoint",
+    "Reader",
+    "Sample",
+    "Settings",
+    "Source",
+    "Watch",
+    "calibrate",
+    "read_data",
+]

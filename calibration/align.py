@@ -98,7 +98,7 @@ def align(
     scenes held out. The rows "as it is here" are repeated, for any rank, steps and rate, by
 
         alvts calibrate --rank 24                  (prints the recall of every layer)
-        calibrate(model, processor, read_data("pocket", None, 256, 0),
+        calibrate(model, processor, read_data(Source("pocket"), 256, 0),
                   Settings(rank=24, steps=200)).calibration.mean
 
     and the others were measured with scripts that are not kept.

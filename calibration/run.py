@@ -11,6 +11,7 @@ import torch
 
 from alvts_cli import __version__
 from alvts_cli.artifact import Artifact, CalibrationRecord, LayerFit, fingerprint
+from alvts_cli.data import Reader, Sample
 from alvts_cli.engine import default_carry_rank, default_rank
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of
@@ -20,7 +21,6 @@ from .answers import Answered, answered
 from .capture import Captured, capture
 from .carry import fit_carries
 from .checkpoint import Checkpoint
-from .data import Reader, Sample
 from .policy import pick, try_policies
 from .settings import Settings
 from .sweep import sweep
@@ -64,7 +64,7 @@ def calibrate(
 ) -> Artifact:
     """Fit the selectors of every layer of `model`, which is left as it was.
 
-        artifact = calibrate(model, processor, read_data("photos/", None, 256, seed=0))
+        artifact = calibrate(model, processor, read_data(Source("photos/"), 256, seed=0))
         save_artifact(artifact, Path("my.alvts.safetensors"))
 
     The same model, samples and settings on the same machine and number of threads give the same

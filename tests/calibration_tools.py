@@ -6,7 +6,7 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from alvts_cli.pocket.build import make_config, make_processor
-from calibration import Settings, read_data
+from calibration import Settings, Source, read_data
 
 torch.set_num_threads(1)
 
@@ -36,7 +36,7 @@ def make_small(seed: int = 0) -> Any:
 
 def scenes(count: int = 12, seed: int = 0) -> Any:
     """A reader of shipped scenes."""
-    return read_data("pocket", None, count, seed)
+    return read_data(Source("pocket"), count, seed)
 
 
 def fast(**more: Any) -> Settings:

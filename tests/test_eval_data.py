@@ -1,13 +1,12 @@
 """Reading questions with answers."""
 
 import json
-import sys
-from types import SimpleNamespace
 
 import pytest
 from cli_tools import scene_file
 
 from alvts_cli import AlvtsError
+from alvts_cli.data import Source
 from alvts_cli.evaluate.data import read_data
 
 
@@ -30,7 +29,7 @@ def write(path, records, lines=False):
 
 
 def test_pocket_asks_every_kind_as_often():
-    data = read_data("pocket", None, 23, 0)
+    data = read_data(Source("pocket"), 23, 0)
     assert (len(data.items), data.scoring, data.max_new_tokens) == (21, "exact", 4)
     kinds = [item.kind for item in data.items]
     assert {kinds.count(kind) for kind in kinds} == {3}
@@ -40,7 +39,7 @@ def test_pocket_asks_every_kind_as_often():
 
 def test_easy_vqa():
     pytest.importorskip("easy_vqa")
-    data = read_data("easy-vqa", None, 40, 0)
+    data = read_data(Source("easy-vqa"), 40, 0)
     assert len(data.items) == 40
     assert {item.kind for item in data.items} <= {"yes/no", "color", "shape"}
     assert data.items[0].images()[0].size == (64, 64)
@@ -56,7 +55,7 @@ def test_llava_format(folder, lines):
         ],
         lines,
     )
-    data = read_data(path, None, 10, 0)
+    data = read_data(Source(path), 10, 0)
     assert (data.name, data.scoring, data.max_new_tokens) == ("set.json", "exact", 16)
     assert [item.kind for item in data.items] == ["set", "pairs"]
     assert [item.answers for item in data.items] == [("red",), ("no",)]
@@ -70,33 +69,33 @@ def test_pope_format_with_an_image_folder(folder, tmp_path):
     ]
     (tmp_path / "questions").mkdir()
     path = write(tmp_path / "questions" / "coco_pope_random.json", records, lines=True)
-    data = read_data(path, folder, 4, 0)
+    data = read_data(Source(path, folder), 4, 0)
     assert data.scoring == "yes-no"
     assert len(data.items) == 4
     assert data.items[0].kind == "coco_pope_random"
-    # Drawn by the seed, in the order of the file.
+    # Drawn by the seed.
     ids = [item.id for item in data.items]
-    assert ids == sorted(ids) == [item.id for item in read_data(path, folder, 4, 0).items]
-    assert ids != [item.id for item in read_data(path, folder, 4, 1).items]
-    assert read_data(path, folder, 4, 0, "exact").scoring == "exact"
+    assert ids == [item.id for item in read_data(Source(path, folder), 4, 0).items]
+    assert ids != [item.id for item in read_data(Source(path, folder), 4, 1).items]
+    assert read_data(Source(path, folder), 4, 0, "exact").scoring == "exact"
 
 
 @pytest.mark.parametrize(
     ("records", "word"),
     [
-        ([llava("c.png", "<image> x", "y")], "record 0: there is no image"),
+        ([llava("c.png", "<image> x", "y")], "set.json[0]: there is no image"),
         ([llava("a.png", "x", "")], "no answer"),
-        ([llava("a.png", "<image> <image>", "y")], "2 places for 1 images"),
+        ([llava("a.png", "<image> <image>", "y")], "2 places for images (<image>), but it has 1"),
         ([{"image": "a.png", "text": "x"}], "no answer"),
         ([{"text": "x", "label": "y"}], "no image"),
         ([3], "not a record"),
         ([], "no question in"),
     ],
 )
-def test_bad_records_are_named(folder, records, word):
+def test_a_set_of_bad_records_alone_is_refused(folder, records, word):
     path = write(folder / "set.json", records)
     with pytest.raises(AlvtsError) as caught:
-        read_data(path, None, 10, 0)
+        read_data(Source(path), 10, 0)
     assert word in str(caught.value)
 
 
@@ -108,56 +107,24 @@ def test_bad_files(folder):
         (str(folder / "binary.json"), None, "UTF-8"),
         (str(folder / "none.json"), None, "no file"),
         (str(folder / "bad.json"), folder / "none", "no image folder"),
-        (str(folder), None, "no evaluation data"),
-        ("what is this?", None, "no evaluation data"),
+        (str(folder), None, "none of prompts.jsonl"),
+        ("what is this?", None, "no data"),
     ):
         with pytest.raises(AlvtsError, match=word):
-            read_data(data, image_folder, 10, 0)
+            read_data(Source(data, image_folder), 10, 0)
 
 
-class Rows(list):
-    """As much of a data set as is used."""
-
-    def decode(self, wanted):
-        assert wanted is False
-        return self
-
-
-def hub(monkeypatch, rows):
-    asked = []
-
-    def load_dataset(name, split):
-        asked.append((name, split))
-        return Rows(rows)
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    return asked
-
-
-def test_a_set_of_the_hub(monkeypatch):
-    picture = {"bytes": scene_file().read_bytes(), "path": None}
-    asked = hub(
-        monkeypatch,
-        [
-            {"image": picture, "question": "which?", "answer": "A"},
-            {"image": picture, "question": "which?", "answer": ["B", "C"]},
-        ],
-    )
-    data = read_data("some/set", None, 10, 0)
-    assert (data.scoring, len(data.items)) == ("choice", 2)
-    assert data.items[1].answers == ("B", "C")
-    assert data.items[0].images()[0].size == (192, 192)
-    read_data("some/set:validation", None, 10, 0)
-    assert asked == [("some/set", "test"), ("some/set", "validation")]
-
-
-def test_a_set_of_the_hub_without_the_columns(monkeypatch):
-    hub(monkeypatch, [{"image": None, "question": "which?", "answer": "A"}])
-    with pytest.raises(AlvtsError, match="no column image"):
-        read_data("some/set", None, 10, 0)
-    hub(monkeypatch, [{"image": None, "text": "which?"}])
-    with pytest.raises(AlvtsError, match="no columns question and answer"):
-        read_data("some/set", None, 10, 0)
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(AlvtsError, match="pip install"):
-        read_data("some/set", None, 10, 0)
+def test_broken_records_are_left_out_and_named(folder):
+    (folder / "cut.png").write_bytes(scene_file().read_bytes()[:200])
+    records = [
+        llava("a.png", "<image> which?", "A"),
+        llava("cut.png", "<image> which?", "A"),
+        llava("a.png", "<image> which?", ""),
+        3,
+        llava("b.png", "<image> which?", "B"),
+    ]
+    data = read_data(Source(write(folder / "set.json", records)), 2, 0)
+    assert sorted(item.id for item in data.items) == ["set.json[0]", "set.json[4]"]
+    lines = "\n".join(read_data(Source(write(folder / "set.json", records)), 10, 0).skipped)
+    for words in ("set.json[1]: cannot read the image", "[2]: it has no answer", "not a record"):
+        assert words in lines

@@ -9,6 +9,7 @@ import torch
 from cli_tools import alvts, model_folder, refused, scene_file
 
 from alvts_cli.artifact import load_artifact, save_artifact
+from alvts_cli.data import Source
 from alvts_cli.engine import Selection, prefill_flops
 from alvts_cli.evaluate import run as run_module
 from alvts_cli.evaluate.batches import collate
@@ -43,7 +44,7 @@ def nothing(steps):
 
 
 def test_outcomes(loaded):
-    data = read_data("pocket", None, 7, 0)
+    data = read_data(Source("pocket"), 7, 0)
     plan = make_plan(loaded, random=64, vtw=0.5)
     results = evaluate(plan, data, Store({}), nothing)
     assert len(results) == 7
@@ -76,7 +77,7 @@ def test_outcomes(loaded):
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(loaded):
-    data = read_data("pocket", None, 7, 0)
+    data = read_data(Source("pocket"), 7, 0)
     plan = make_plan(loaded, random=32)
     whole = evaluate(plan, data, Store({"run": 1}), nothing)
     store, steps = Store({"run": 2}), []
@@ -98,7 +99,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded):
 
 
 def test_damaged_batches_are_run_again(loaded):
-    data = read_data("pocket", None, 7, 0)
+    data = read_data(Source("pocket"), 7, 0)
     plan = make_plan(loaded, batch=7, random=32)
     store = Store({})
     whole = evaluate(plan, data, store, nothing)
@@ -130,7 +131,7 @@ def outcome(answer, **more):
 
 
 def test_figures_by_hand(loaded):
-    full = read_data("pocket", None, 14, 0)
+    full = read_data(Source("pocket"), 14, 0)
     items = [item for item in full.items if item.kind in ("color", "shape")]
     data = DataSet("hand", tuple(items), "exact", 4)
     right = [item.answers[0] for item in items]
@@ -171,7 +172,7 @@ def test_figures_by_hand(loaded):
 
 
 def test_chance_is_the_commonest_answer_of_each_kind(loaded):
-    data = read_data("pocket", None, 70, 0)
+    data = read_data(Source("pocket"), 70, 0)
     results = [{"dense": outcome("x"), "blind": outcome("x")} for _ in data.items]
     summary = summarise(data, results, [], 0, loaded.model.config.text_config, 4)
     for kind, head in summary.kinds.items():
@@ -286,9 +287,10 @@ def test_bad_options_are_one_line_before_the_model_is_loaded(more, word):
 @pytest.mark.parametrize(
     ("more", "word"),
     [
-        (("--data", "nothing here"), "no evaluation data"),
+        (("--data", "nothing here"), "no data"),
         (("--data", "missing.json"), "no file"),
         (("--json", "/nowhere/out.json"), "cannot write"),
+        (("--image-folder", "/nowhere"), "no image folder"),
         (("--selectors", "missing.safetensors"), "missing.safetensors"),
     ],
 )
@@ -296,11 +298,23 @@ def test_bad_inputs_are_one_line(more, word):
     assert word in refused(*COMMAND, *more)
 
 
-def test_a_damaged_picture_is_one_line(tmp_path):
-    (tmp_path / "a.png").write_bytes(scene_file().read_bytes()[:200])
-    record = {"image": "a.png", "text": "is there a circle?", "label": "yes"}
-    (tmp_path / "set.json").write_text(json.dumps([record]))
-    assert "a.png" in refused(*COMMAND, "--data", tmp_path / "set.json")
+def test_damaged_pictures_are_skipped_named_and_counted(tmp_path):
+    picture = scene_file().read_bytes()
+    (tmp_path / "a.png").write_bytes(picture)
+    (tmp_path / "cut.png").write_bytes(picture[:200])
+    records = [
+        {"img": name, "asked": "is there a circle?", "label": "yes"}
+        for name in ("a.png", "cut.png")
+    ]
+    (tmp_path / "set.json").write_text(json.dumps(records))
+    columns = ("--columns", "image=img,question=asked", "--methods", "dense")
+    result = alvts(*COMMAND, "--data", tmp_path / "set.json", *columns)
+    assert result.exit_code == 0, result.output
+    assert "set.json: 1 questions" in result.stdout
+    assert "skipped 1 samples:" in result.stderr and "cut.png" in result.stderr
+    (tmp_path / "a.png").unlink()
+    line = refused(*COMMAND, "--data", tmp_path / "set.json", *columns)
+    assert "no question in" in line and "2 were skipped" in line
 
 
 def test_without_selectors_it_says_what_to_do(tmp_path):

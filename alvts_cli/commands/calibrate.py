@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from .options import DeviceOption, DTypeOption, ModelOption
+from .options import (
+    ColumnsOption,
+    DeviceOption,
+    DTypeOption,
+    ImageFolderOption,
+    ModelOption,
+    print_skipped,
+    read_columns,
+)
 
 
 def calibrate(
@@ -15,13 +23,13 @@ def calibrate(
     data: Annotated[
         str,
         typer.Option(
-            help="'pocket' (shipped scenes), a .json or .jsonl file in LLaVA's format, a folder of "
-            "images with prompts.jsonl or prompts.txt, or the id of a data set on the hub."
+            help="'pocket' (shipped scenes); a .json, .jsonl, .csv or .parquet file; a folder of "
+            "images with prompts.jsonl, prompts.txt or metadata.csv; a data set of the hub: ID, "
+            "ID:SPLIT or ID:CONFIG:SPLIT."
         ),
     ] = "pocket",
-    image_folder: Annotated[
-        Path | None, typer.Option(help="Images of a .json or .jsonl file; default: its folder.")
-    ] = None,
+    image_folder: ImageFolderOption = None,
+    columns: ColumnsOption = None,
     samples: Annotated[
         int, typer.Option(min=3, help="Drawn at random; a quarter measures, the rest is fitted.")
     ] = 256,
@@ -50,7 +58,7 @@ def calibrate(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from calibration import Checkpoint, Settings, Watch, read_data
+    from calibration import Checkpoint, Settings, Source, Watch, read_data
     from calibration import calibrate as fit
     from calibration.policy import prefills
     from calibration.report import POLICY_NOTE, fit_table, policy_table
@@ -58,21 +66,22 @@ def calibrate(
     from ..artifact import LayerFit, check_writable, save_artifact
     from ..models import OURS, load_model
 
+    told = read_columns(columns)
     output = out or Path(f"{Path(model).name}.alvts.safetensors")
     # Everything that can be wrong is found before the model is loaded.
     check_writable(output)
     checkpoint = Checkpoint(output, resume)
     settings = Settings(rank=rank, seed=seed)
-    reader = read_data(data, image_folder, samples, seed)
+    reader = read_data(Source(data, image_folder, told), samples, seed)
     words = Console(stderr=True, soft_wrap=True)
     loaded = load_model(model, device, dtype)
 
     refused: list[str] = []
     console = Console()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"))
+    parts = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"))
     try:
         with Progress(
-            *columns,
+            *parts,
             TimeRemainingColumn(),
             console=words,
             transient=True,
@@ -127,10 +136,7 @@ def calibrate(
     save_artifact(artifact, output)
     checkpoint.remove()
 
-    skipped = reader.skipped + refused
-    if skipped:
-        lines = (f"skipped {len(skipped)} samples:", *skipped)
-        words.print(*lines, sep="\n  ", markup=False, highlight=False)
+    print_skipped(words, reader.skipped + refused)
     record = artifact.calibration
     console.print(fit_table(record))
     k = f"{settings.keep:.3f}"

@@ -10,7 +10,16 @@ from ..errors import AlvtsError
 from ..evaluate.gates import FIGURES, parse_gate
 from ..evaluate.scoring import SCORINGS
 from ..methods import FITTED, METHODS, check_method
-from .options import DeviceOption, DTypeOption, ModelOption, SelectorsOption
+from .options import (
+    ColumnsOption,
+    DeviceOption,
+    DTypeOption,
+    ImageFolderOption,
+    ModelOption,
+    SelectorsOption,
+    print_skipped,
+    read_columns,
+)
 
 if TYPE_CHECKING:
     from ..evaluate.data import DataSet
@@ -26,13 +35,13 @@ def evaluate(
     data: Annotated[
         list[str],
         typer.Option(
-            help="'pocket' (held-out scenes), 'easy-vqa', a .json or .jsonl file in LLaVA's or "
-            "POPE's format, or a data set of the hub (ID or ID:SPLIT); repeatable."
+            help="'pocket' (held-out scenes), 'easy-vqa'; a .json, .jsonl, .csv or .parquet file; "
+            "a folder of images with prompts.jsonl or metadata.csv; a data set of the hub: ID, "
+            "ID:SPLIT or ID:CONFIG:SPLIT; repeatable."
         ),
     ] = ["pocket"],  # noqa: B006 - typer reads the default, nobody writes to it
-    image_folder: Annotated[
-        Path | None, typer.Option(help="Images of a .json or .jsonl file; default: its folder.")
-    ] = None,
+    image_folder: ImageFolderOption = None,
+    columns: ColumnsOption = None,
     methods: Annotated[
         str, typer.Option(help="With commas; 'all' for: " + ", ".join(METHODS) + ".")
     ] = "all",
@@ -75,6 +84,7 @@ def evaluate(
     names = _methods(methods)
     budgets = _budgets(keep)
     gates = _gates(gate, names, list(budgets))
+    told = read_columns(columns)
     if scoring is not None and scoring not in SCORINGS:
         raise typer.BadParameter(
             f"unknown scoring {scoring!r}; known: {', '.join(SCORINGS)}", param_hint="--scoring"
@@ -86,6 +96,7 @@ def evaluate(
 
     from ..artifact import check_writable, write_whole
     from ..bench.report import environment
+    from ..data import Source
     from ..evaluate.data import read_data
     from ..evaluate.figures import summarise
     from ..evaluate.run import evaluate as evaluate_set
@@ -96,7 +107,8 @@ def evaluate(
 
     if json_file is not None:
         check_writable(json_file)
-    sets = [read_data(one, image_folder, samples, seed, scoring) for one in data]
+    sources = [Source(one, image_folder, told) for one in data]
+    sets = [read_data(source, samples, seed, scoring) for source in sources]
     loaded = load_model(model, device, dtype)
     plan, facts = _plan(loaded, selectors, names, budgets, batch, seed)
     words = Console(stderr=True, soft_wrap=True)
@@ -117,6 +129,7 @@ def evaluate(
             holds, line = condition.check(figures_by_name(summary))
             lines.append(f"{questions.name}: {line}")
             passed = passed and holds
+    print_skipped(words, [line for one in sets for line in one.skipped])
     surroundings = environment(loaded.model)
     console.print(
         f"{loaded.name}, {surroundings['hardware']}, {facts['dtype']}, torch "

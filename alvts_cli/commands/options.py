@@ -1,12 +1,16 @@
 """Options that several commands share, and the checks of their values."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..errors import AlvtsError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 class DType(StrEnum):
@@ -32,6 +36,20 @@ KeepOption = Annotated[
         "per layer with commas; default: what the selectors were fitted for.",
     ),
 ]
+ImageFolderOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--image-folder", help="Of the pictures that records name; default: where the file is."
+    ),
+]
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--columns",
+        help='Where a record\'s parts are, such as "image=img,question=q,answer=a"; default: '
+        "found by their usual names.",
+    ),
+]
 DeviceOption = Annotated[
     str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...; auto prefers a GPU.")
 ]
@@ -39,6 +57,27 @@ DTypeOption = Annotated[
     DType | None,
     typer.Option("--dtype", help="Precision; default: what suits the model and the device."),
 ]
+
+
+def read_columns(columns: str | None) -> dict[str, str]:
+    """`--columns` as a dict.
+
+    Raises:
+        typer.BadParameter: it cannot be read as one.
+    """
+    from ..data import parse_columns
+
+    try:
+        return parse_columns(columns)
+    except AlvtsError as error:
+        raise typer.BadParameter(str(error), param_hint="--columns") from None
+
+
+def print_skipped(console: "Console", skipped: Sequence[str]) -> None:
+    """Name and count the records that could not be used."""
+    if skipped:
+        lines = (f"skipped {len(skipped)} samples:", *skipped)
+        console.print(*lines, sep="\n  ", markup=False, highlight=False)
 
 
 def check_keep(keep: str | None) -> None:

@@ -1,4 +1,4 @@
-"""`alvts run`: ask a question about images."""
+"""`alvts run`: ask a question about images, or every question of a data set."""
 
 import sys
 from pathlib import Path
@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import (
+    ColumnsOption,
     DeviceOption,
     DTypeOption,
+    ImageFolderOption,
     KeepOption,
     ModelOption,
     SelectorsOption,
     check_keep,
+    read_columns,
 )
 
 if TYPE_CHECKING:
@@ -21,9 +24,38 @@ if TYPE_CHECKING:
     from ..answer import Answer
 
 
+EPILOG = (
+    "`alvts run --data questions.jsonl --image-folder photos/ --out answers.parquet` answers a "
+    "whole set, and goes on where it stopped when it is given again."
+)
+
+
 def run(
-    image: Annotated[list[Path], typer.Option(help="A picture; repeat for several.")],
-    prompt: Annotated[str, typer.Option(help="What to ask.")],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="A picture, or a folder of some; repeat for several, all in one prompt."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to ask; with --data, where a record does not say.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Answer every question of a .json, .jsonl, .csv or .parquet file, a folder of "
+            "images, a data set of the hub (ID, ID:SPLIT or ID:CONFIG:SPLIT), or 'pocket'."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where the answers of --data go: a .jsonl or .parquet file.")
+    ] = None,
+    image_folder: ImageFolderOption = None,
+    columns: ColumnsOption = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Records of --data, the first; default: all.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Questions of --data at once; default: 8.")
+    ] = None,
     model: ModelOption = "pocket",
     selectors: SelectorsOption = None,
     keep: KeepOption = None,
@@ -38,21 +70,52 @@ def run(
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
 ) -> None:
-    """Answer a question about one or more images, then say what it took."""
+    """Answer a question about one or more images, then say what it took; or answer all questions of
+    a data set."""
     _check_together(keep, selectors, dense, compare)
     check_keep(keep)
-    if not prompt.strip():
+    if prompt is not None and not prompt.strip():
         raise typer.BadParameter("it is empty", param_hint="--prompt")
+    of_set = {
+        "--out": out,
+        "--image-folder": image_folder,
+        "--columns": columns,
+        "--samples": samples,
+        "--batch": batch,
+    }
+    if data is not None:
+        for name, other in {"--image": bool(image), "--compare": compare}.items():
+            if other:
+                raise typer.BadParameter(f"it cannot go with {name}", param_hint="--data")
+        if out is None or out.suffix not in (".jsonl", ".parquet"):
+            raise typer.BadParameter("name a .jsonl or .parquet file", param_hint="--out")
+        told = read_columns(columns)
+
+        from ..data import Source
+        from .run_data import Setup, answer_data
+
+        setup = Setup(model, device, dtype, selectors, keep, dense, max_new_tokens, batch or 8)
+        source = Source(data, image_folder, told, split="test", prompt=prompt)
+        answer_data(source, out, setup, samples, json_output)
+        return
+    for name, given in of_set.items():
+        if given is not None:
+            raise typer.BadParameter("it goes with --data only", param_hint=name)
+    if not image or prompt is None:
+        missing = "--prompt" if image else "--image"
+        raise typer.BadParameter("it is missing (or give --data)", param_hint=missing)
 
     import json
 
     from rich.console import Console
 
     from ..answer import answer, prepare, selectors_for
+    from ..data import pictures_in
     from ..models import load_model
     from ..prompts import read_image
 
-    pictures = [read_image(path) for path in image]
+    files = [file for path in image for file in (pictures_in(path) if path.is_dir() else [path])]
+    pictures = [read_image(path) for path in files]
     loaded = load_model(model, device, dtype)
     inputs = prepare(loaded, pictures, prompt, max_new_tokens)
     chosen = None if dense else selectors_for(loaded, selectors)

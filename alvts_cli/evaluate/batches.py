@@ -35,6 +35,13 @@ def collate(samples: Sequence[Any], pad_id: int) -> dict[str, Tensor]:
     return batch
 
 
+def ended(tokens: list[int], end: int | list[int] | None) -> list[int]:
+    """An answer without what fills the batch behind its end token."""
+    ends = set(end) if isinstance(end, list) else {end}
+    length = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[:length]
+
+
 def end_token(model: Any, tokenizer: Any) -> int:
     """What to fill with: the tokenizer's padding token, or else the model's."""
     if tokenizer.pad_token_id is not None:

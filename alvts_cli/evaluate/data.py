@@ -1,34 +1,26 @@
-"""Questions about pictures, with right answers.
+"""Questions about pictures with right answers: what `alvts_cli.data` reads, and two test sets.
 
-A data set is named by
-
-- `pocket`: rendered scenes of the test split, the same number of each kind of question;
-- `easy-vqa`: the public set's test split (the package `easy-vqa`);
-- a `.json` or `.jsonl` file in LLaVA's format (`image`, `conversations`; the first answer is the
-  right one; `kind` if there is one) or in POPE's (`image`, `text`, `label`; a record a line under
-  either ending), with its images in the image folder, or in the file's own folder;
-- a data set of the hub, `ID` or `ID:SPLIT` (split `test` if none is named), with columns `image`,
-  `question` and `answer` (a text, or a list of texts that are all right).
+- `pocket` is rendered scenes of the test split, the same number of each kind of question;
+- `easy-vqa` is the public set's test split (the package `easy-vqa`).
 """
 
-import json
-import random
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
+from ..data import Sample, Source
+from ..data import read_data as read_source
 from ..errors import AlvtsError
-from ..prompts import MARKER, first_turn, read_image
-from .scoring import normalise, suitable
+from .scoring import suitable
 
 SHORT, LONG = 4, 16
 """Tokens of the longest answer: of the closed sets of one to three words, and of all others."""
+
+OWN = ("pocket", "easy-vqa")
+"""The test sets that are not read but made here."""
 
 
 @dataclass(frozen=True)
@@ -52,185 +44,70 @@ class Item:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Questions, how they are scored (a name of `SCORINGS`), and how long an answer may get."""
+    """Questions, how they are scored (a name of `SCORINGS`), how long an answer may get, and a line
+    for each record that was left out as broken."""
 
     name: str
     items: tuple[Item, ...]
     scoring: str
     max_new_tokens: int
+    skipped: tuple[str, ...] = ()
 
 
-def read_data(
-    data: str, image_folder: Path | None, samples: int, seed: int, scoring: str | None = None
-) -> DataSet:
-    """`samples` questions of `data` (see the module's text), or all if there are fewer.
+def read_data(source: Source, samples: int, seed: int, scoring: str | None = None) -> DataSet:
+    """`samples` good questions, or all if there are fewer.
 
     Those of files and of the hub are drawn at random by `seed`; those of `pocket` and `easy-vqa`
-    are the same for every seed.
+    are the same for every seed. Every picture is decoded once here, so that no broken one is left,
+    and again when it is its turn.
 
     Raises:
-        AlvtsError: no such data, a file or an image that is not there, a record without a
-            question or an answer.
+        AlvtsError: no such data, or no question with pictures and an answer in them.
     """
-    path = Path(data)
-    longest = LONG
-    if data == "pocket":
-        items, longest = _scenes(samples), SHORT
-    elif data == "easy-vqa":
-        items, longest = _easy(samples), SHORT
-    elif path.suffix in (".json", ".jsonl"):
-        items = _file(path, image_folder or path.parent, samples, seed)
-    elif not path.exists() and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", data):
-        items = _hub(data, samples, seed)
+    data, skipped = source.data, []
+    if data in OWN:
+        name, items = data, _made(data, samples)
     else:
-        raise AlvtsError(
-            f"no evaluation data {data!r}: give 'pocket', 'easy-vqa', a .json or .jsonl file of "
-            "LLaVA's or POPE's format, or the id of a data set on the hub"
-        )
+        source = replace(source, split="test", stream=False, answered=True)
+        reader = read_source(source, samples, seed)
+        name, skipped = reader.description, reader.skipped
+        kind = Path(name).stem if Path(data).is_file() else name
+        items = [
+            Item(record, one.kind or kind, one.prompt, one.answers, partial(_images, read))
+            for record, one, read in reader.found()
+        ]
     if not items:
-        raise AlvtsError(f"there is no question in {data}")
+        why = f"; {len(skipped)} were skipped, such as {skipped[0]}" if skipped else ""
+        raise AlvtsError(f"there is no question in {data}{why}")
     chosen = scoring or suitable(item.answers for item in items)
-    return DataSet(path.name if path.suffix else data, tuple(items), chosen, longest)
+    longest = SHORT if data in OWN else LONG
+    return DataSet(name, tuple(items), chosen, longest, tuple(skipped))
 
 
-def _scenes(samples: int) -> list[Item]:
-    from ..pocket.evaluate import scene_items
+def _images(read: Callable[[], Sample]) -> list[Image.Image]:
+    return list(read().images)
+
+
+def _made(data: str, samples: int) -> list[Item]:
+    """The questions of one of `OWN`."""
+    from ..pocket.evaluate import easy_items, scene_items
     from ..pocket.questions import KINDS
-
-    found = scene_items("test", max(1, samples // len(KINDS)))
-    return [
-        Item(f"scene {i}", item.kind, item.question, (item.answer,), partial(_pictures, item.image))
-        for i, item in enumerate(found)
-    ]
-
-
-def _easy(samples: int) -> list[Item]:
-    from ..pocket.evaluate import easy_items
     from ..pocket.scenes import COLORS
 
-    def kind(answer: str) -> str:
+    def easy(answer: str) -> str:
         if answer in ("yes", "no"):
             return "yes/no"
         return "color" if answer in COLORS else "shape"
 
+    scenes = data == "pocket"
+    found = scene_items("test", max(1, samples // len(KINDS))) if scenes else easy_items(samples)
     return [
         Item(
-            f"easy {i}",
-            kind(item.answer),
-            item.question,
-            (item.answer,),
-            partial(_pictures, item.image),
+            f"{'scene' if scenes else 'easy'} {i}",
+            one.kind if scenes else easy(one.answer),
+            one.question,
+            (one.answer,),
+            partial(list, [one.image]),
         )
-        for i, item in enumerate(easy_items(samples))
+        for i, one in enumerate(found)
     ]
-
-
-def _pictures(image: Image.Image) -> list[Image.Image]:
-    return [image]
-
-
-def _file(path: Path, folder: Path, samples: int, seed: int) -> list[Item]:
-    if not folder.is_dir():
-        raise AlvtsError(f"there is no image folder {folder}")
-    records = _records(path)
-    chosen = _draw(len(records), samples, seed)
-    items = []
-    for i in chosen:
-        try:
-            items.append(_record(records[i], f"{path.stem}[{i}]", path.stem, folder))
-        except AlvtsError as error:
-            raise AlvtsError(f"{path.name}, record {i}: {error}") from None
-    return items
-
-
-def _records(path: Path) -> list[Any]:
-    """A list of records, or one a line. POPE's files end in `.json` and hold lines."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise AlvtsError(f"there is no file {path}") from None
-    except UnicodeDecodeError:
-        raise AlvtsError(f"{path} is not UTF-8 text") from None
-    except OSError as error:
-        raise AlvtsError(f"cannot read {path}: {error.strerror or error}") from None
-    try:
-        whole = json.loads(text)
-        return whole if isinstance(whole, list) else [whole]
-    except ValueError:
-        pass
-    try:
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
-    except ValueError as error:
-        raise AlvtsError(f"{path} is not JSON: {error}") from None
-
-
-def _draw(count: int, samples: int, seed: int) -> list[int]:
-    return sorted(random.Random(seed).sample(range(count), min(count, samples)))
-
-
-def _record(record: Any, name: str, kind: str, folder: Path) -> Item:
-    """A record of LLaVA's or of POPE's format."""
-    if not isinstance(record, dict):
-        raise AlvtsError("it is not a record")
-    question: Any = record.get("text")
-    answer: Any = record.get("label")
-    if "conversations" in record:
-        question, answer = first_turn(record["conversations"])
-    names = record.get("image")
-    names = [names] if isinstance(names, str) else names
-    if not isinstance(question, str) or not isinstance(answer, str) or not normalise(answer):
-        raise AlvtsError("it has no question, or no answer")
-    if not names or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise AlvtsError("it has no image")
-    places = question.count(MARKER)
-    if places not in (0, len(names)):
-        raise AlvtsError(f"its question has {places} places for {len(names)} images")
-    paths = [folder / name for name in names]
-    for path in paths:
-        if not path.is_file():
-            raise AlvtsError(f"there is no image {path}")
-    own = record.get("kind")
-    kind = own if isinstance(own, str) else kind
-    return Item(name, kind, question, (answer,), partial(_read_all, paths))
-
-
-def _read_all(paths: Sequence[Path]) -> list[Image.Image]:
-    return [read_image(path) for path in paths]
-
-
-def _hub(data: str, samples: int, seed: int) -> list[Item]:
-    name, _, split = data.partition(":")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise AlvtsError(
-            "data from the hub needs the datasets package: pip install 'alvts[hub]'"
-        ) from None
-    try:
-        # Undecoded, so that a picture is decoded when its turn comes.
-        rows = load_dataset(name, split=split or "test").decode(False)
-        chosen = [(i, rows[i]) for i in _draw(len(rows), samples, seed)]
-    except Exception as error:
-        # Whatever the HTTP client, the format's reader or the hub itself raises.
-        line = str(error).strip().partition("\n")[0]
-        raise AlvtsError(
-            f"cannot read the data set {data} from the hub: {line or type(error).__name__}; "
-            "is there a network, and are the id and the split (ID:SPLIT) right?"
-        ) from error
-    return [_row(row, f"{data}[{i}]", name) for i, row in chosen]
-
-
-def _row(row: dict[str, Any], label: str, kind: str) -> Item:
-    question, answer, picture = (row.get(key) for key in ("question", "answer", "image"))
-    answers = tuple(answer) if isinstance(answer, list) else (answer,)
-    if not isinstance(question, str) or not answers or not all(isinstance(a, str) for a in answers):
-        raise AlvtsError(f"{label} has no columns question and answer with text")
-    data = picture.get("bytes") if isinstance(picture, dict) else None
-    file = picture.get("path") if isinstance(picture, dict) else None
-    if data is None and file is None:
-        raise AlvtsError(f"{label} has no column image with a picture")
-    return Item(label, kind, question, answers, partial(_row_picture, data, file, label))
-
-
-def _row_picture(data: bytes | None, file: str | None, label: str) -> list[Image.Image]:
-    return [read_image(Path(str(file)) if data is None else BytesIO(data), f"of {label}")]

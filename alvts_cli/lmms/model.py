@@ -18,7 +18,7 @@ from ..answer import selectors_for
 from ..engine import Attachment, attach
 from ..engine.keep import KeepArgument, resolve_keep
 from ..errors import AlvtsError
-from ..evaluate.batches import collate, end_token
+from ..evaluate.batches import collate, end_token, ended
 from ..families import family_of
 from ..methods import FITTED, check_method, make_method
 from ..methods.base import Method
@@ -178,7 +178,7 @@ class Alvts(lmms):
         # On a GPU, this waits for it.
         rows = output[:, inputs["input_ids"].shape[1] :].tolist()
         totals.seconds += time.perf_counter() - start
-        said = [_ended(row, model.generation_config.eos_token_id) for row in rows]
+        said = [ended(row, model.generation_config.eos_token_id) for row in rows]
         visual = int(family_of(model).visual_mask(model, inputs["input_ids"]).sum())
         totals.samples += len(requests)
         totals.new_tokens += sum(map(len, said))
@@ -253,13 +253,6 @@ def cut(text: str, until: str | Sequence[str] | None) -> str:
         if stop:
             text = text.partition(stop)[0]
     return text.strip()
-
-
-def _ended(tokens: list[int], end: int | list[int] | None) -> list[int]:
-    """An answer without what fills the batch behind its end token."""
-    ends = set(end) if isinstance(end, list) else {end}
-    length = next((i + 1 for i, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:length]
 
 
 def _batch_size(size: int | str) -> int:

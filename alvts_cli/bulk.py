@@ -1,0 +1,261 @@
+"""Answers to all questions of a data set, kept on disk as they come.
+
+Records are taken in windows of some batches; in a window, prompts of similar length go together, so
+that little is spent on padding. Windows and batches are the same whenever the same command is given
+again, so an interrupted run makes the answers that it would have made.
+
+Beside the output lies `<output>.partial`, a line of JSON an answer, each batch forced to disk at
+once. A line that an interruption cut off is dropped, and answered again. The output itself is
+written whole, in the order of the data, when the last answer is there.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .answer import prepare
+from .artifact import Artifact, write_whole
+from .data import Candidate, Reader
+from .engine import attach
+from .errors import AlvtsError
+from .evaluate.batches import collate, end_token, ended
+from .families import family_of
+from .models import Loaded
+
+FORMATS = (".jsonl", ".parquet")
+
+# Batches in a window.
+_WINDOW = 8
+
+
+@dataclass(frozen=True)
+class Job:
+    """How to answer.
+
+    Attributes:
+        loaded: the model.
+        selectors: of this model; None for the dense model.
+        keep: as `resolve_keep` reads it; None for what the selectors say.
+        max_new_tokens: longest answer.
+        batch: questions at once.
+    """
+
+    loaded: Loaded
+    selectors: Artifact | None
+    keep: str | None
+    max_new_tokens: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the output.
+
+    Attributes:
+        index: of the record in the data, from 0.
+        id: what the data call it.
+        prompt: the user's words.
+        answer: without special tokens.
+        new_tokens: of the answer, its end token included.
+        text_tokens: in the prompt.
+        visual_tokens: in the prompt.
+        visual_tokens_kept: layer average.
+    """
+
+    index: int
+    id: str
+    prompt: str
+    answer: str
+    new_tokens: int
+    text_tokens: int
+    visual_tokens: int
+    visual_tokens_kept: float
+
+
+class Journal:
+    """The answers there are so far, on disk."""
+
+    def __init__(self, output: Path, facts: dict[str, Any]) -> None:
+        """
+        Args:
+            output: the file they are for.
+            facts: plain values, what the answers depend on.
+
+        Raises:
+            AlvtsError: it cannot be written, is damaged, is in use, or is of a run with other
+                facts.
+        """
+        self.path = output.with_name(f"{output.name}.partial")
+        try:
+            self._file = self.path.open("a+b")
+        except OSError as error:
+            raise AlvtsError(f"cannot write {self.path}: {error.strerror or error}") from error
+        try:
+            self.lines = self._begin(facts)
+        except AlvtsError:
+            self._file.close()
+            raise
+
+    def _begin(self, facts: dict[str, Any]) -> dict[int, dict[str, Any]]:
+        """The lines there are."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise AlvtsError(f"another run is writing {self.path}") from None
+        self._file.seek(0)
+        data = self._file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        if whole != data:
+            self._file.truncate(len(whole))
+        now = json.dumps(facts).encode()
+        try:
+            facts, before, *rest = (json.loads(x) for x in (now, *(whole or now).splitlines()))
+            differing = [key for key in facts if before.get(key) != facts[key]]
+            lines = {line["index"]: line for line in rest}
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise AlvtsError(f"{self.path} is damaged; delete it to start anew") from None
+        if differing:
+            raise AlvtsError(
+                f"cannot go on with {self.path}: it was made with other {', '.join(differing)}; "
+                "give the same options, or delete it"
+            )
+        if not whole:
+            self._write([facts])
+        return lines
+
+    def add(self, lines: Sequence[dict[str, Any]]) -> None:
+        """Keep the lines of a batch, but for those that are there already.
+
+        Raises:
+            AlvtsError: they cannot be written.
+        """
+        new = [line for line in lines if line["index"] not in self.lines]
+        self._write(new)
+        self.lines |= {line["index"]: line for line in new}
+
+    def close(self) -> None:
+        """Let another run go on with it."""
+        self._file.close()
+
+    def remove(self) -> None:
+        """The output is written."""
+        self.path.unlink(missing_ok=True)
+
+    def _write(self, lines: Sequence[Any]) -> None:
+        try:
+            self._file.write("".join(f"{json.dumps(line)}\n" for line in lines).encode())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise AlvtsError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+
+@torch.inference_mode()
+def answer_all(
+    job: Job, reader: Reader, limit: int | None, journal: Journal, advance: Callable[[int], None]
+) -> float:
+    """Answer whatever the journal does not hold yet. The reader's `skipped` names all broken ones.
+
+    Args:
+        job: how to answer.
+        reader: of the records, in their own order.
+        limit: of records; None for all.
+        journal: takes the answers.
+        advance: called with the number of records that were just finished, or were before.
+
+    Returns:
+        The seconds that the model took.
+
+    Raises:
+        AlvtsError: the journal cannot be written.
+    """
+    seconds = 0.0
+    selecting: Any = nullcontext()
+    if job.selectors is not None:
+        selecting = attach(job.loaded.model, job.selectors, job.keep)
+    with selecting as attachment, closing(reader.candidates) as candidates:
+        for window in _windows(islice(candidates, limit), _WINDOW * job.batch):
+            left = [i for i, _ in window if i not in journal.lines]
+            advance(len(window) - len(left))
+            if not left:
+                continue
+            prepared = []
+            for i, (name, read) in window:
+                try:
+                    sample = read()
+                    inputs = prepare(job.loaded, sample.images, sample.prompt, job.max_new_tokens)
+                    prepared.append((i, sample.id, sample.prompt, inputs))
+                except AlvtsError as error:
+                    reader.skipped.append(f"{name}: {error}")
+                    advance(1)
+            if reader.hopeless(len(prepared) + len(journal.lines)):
+                break
+            # The longest first: where memory is too short, that is seen at once.
+            prepared.sort(key=lambda one: -one[3]["input_ids"].shape[1])
+            for start in range(0, len(prepared), job.batch):
+                batch = prepared[start : start + job.batch]
+                missing = sum(i in left for i, *_ in batch)
+                if missing:
+                    began = time.perf_counter()
+                    lines = _answer(job, attachment, batch)
+                    seconds += time.perf_counter() - began
+                    journal.add([asdict(line) for line in lines])
+                    advance(missing)
+    return seconds
+
+
+def _windows(candidates: Iterable[Candidate], size: int) -> Iterator[list[tuple[int, Candidate]]]:
+    numbered = enumerate(candidates)
+    while window := list(islice(numbered, size)):
+        yield window
+
+
+def _answer(job: Job, attachment: Any, batch: Sequence[tuple[int, str, str, Any]]) -> list[Line]:
+    model, tokenizer = job.loaded.model, job.loaded.processor.tokenizer
+    pad = end_token(model, tokenizer)
+    inputs = collate([one[3] for one in batch], pad)
+    output = model.generate(
+        **inputs, do_sample=False, num_beams=1, max_new_tokens=job.max_new_tokens, pad_token_id=pad
+    )
+    new = output[:, inputs["input_ids"].shape[1] :].tolist()
+    visual = family_of(model).visual_mask(model, inputs["input_ids"]).sum(dim=1).tolist()
+    tokens = inputs["attention_mask"].sum(dim=1).tolist()
+    kept = visual
+    if attachment is not None:
+        by_layer = attachment.last.kept
+        kept = [sum(layer[b] for layer in by_layer) / len(by_layer) for b in range(len(batch))]
+    lines = []
+    for b, (i, name, prompt, _) in enumerate(batch):
+        said = ended(new[b], model.generation_config.eos_token_id)
+        text = tokenizer.decode(said, skip_special_tokens=True).strip()
+        counts = (len(said), tokens[b] - visual[b], visual[b], float(kept[b]))
+        lines.append(Line(i, name, prompt, text, *counts))
+    return lines
+
+
+def write_answers(lines: Iterable[dict[str, Any]], output: Path) -> None:
+    """Write the output, in the order of the data, as one of `FORMATS`.
+
+    Raises:
+        AlvtsError: it cannot be written.
+    """
+    ordered = sorted(lines, key=lambda line: line["index"])
+    if output.suffix == ".jsonl":
+        data = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in ordered).encode()
+    else:
+        from datasets import Dataset
+
+        buffer = BytesIO()
+        Dataset.from_list(ordered).to_parquet(buffer)
+        data = buffer.getvalue()
+    write_whole(output, data)

@@ -1,0 +1,146 @@
+"""`alvts run --data`: answers to every question of a data set, in a file."""
+
+import json
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..answer import selectors_for
+from ..artifact import check_writable, fingerprint
+from ..bulk import Job, Journal, answer_all, write_answers
+from ..data import Reader, Source, read_data
+from ..errors import AlvtsError
+from ..models import find_selectors, load_model
+from .options import print_skipped
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The model and how it answers, as the options of `alvts run` say it."""
+
+    model: str
+    device: str
+    dtype: str | None
+    selectors: Path | None
+    keep: str | None
+    dense: bool
+    max_new_tokens: int
+    batch: int
+
+
+def answer_data(source: Source, out: Path, setup: Setup, limit: int | None, as_json: bool) -> None:
+    """Answer the records of `source`, the first `limit` of them, and say what it took.
+
+    Raises:
+        AlvtsError: no such data, an output that cannot be written, whatever loading refuses, or no
+            record that can be answered.
+    """
+    check_writable(out)
+    reader = read_data(source, limit, None)
+    if source.data == "pocket" and limit is None:
+        raise AlvtsError("the scenes of pocket have no end; say how many with --samples")
+    loaded = load_model(setup.model, setup.device, setup.dtype)
+    file = None if setup.dense else setup.selectors or find_selectors(loaded)
+    selectors = None if file is None else selectors_for(loaded, file)
+    job = Job(loaded, selectors, setup.keep, setup.max_new_tokens, setup.batch)
+    words = Console(stderr=True, soft_wrap=True)
+    with closing(Journal(out, _facts(job, source, reader, file))) as journal:
+        before = len(journal.lines)
+        try:
+            seconds = _with_progress(words, job, reader, limit, journal)
+        except KeyboardInterrupt:
+            kept = len(journal.lines)
+            words.print(f"{kept} answers are kept; give the same command again to go on")
+            raise
+        lines = [line for i, line in journal.lines.items() if limit is None or i < limit]
+        if lines:
+            write_answers(lines, out)
+        journal.remove()
+    skipped = reader.skipped
+    if not lines:
+        such = f"; {len(skipped)} were skipped, such as {skipped[0]}" if skipped else ""
+        raise AlvtsError(f"no question in {source.data} could be answered{such}")
+    print_skipped(words, skipped)
+    told = _told(lines, list(journal.lines.values())[before:], seconds)
+    told |= {"out": str(out), "skipped": len(skipped)}
+    print(json.dumps(told) if as_json else _sentence(told))
+
+
+def _with_progress(
+    words: Console, job: Job, reader: Reader, limit: int | None, journal: Journal
+) -> float:
+    total = reader.total
+    if total is not None and limit is not None:
+        total = min(total, limit)
+    columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    # Where nobody watches, even a bar that goes away again leaves an empty line.
+    off = not words.is_terminal
+    with Progress(*columns, console=words, transient=True, disable=off) as progress:
+        task = progress.add_task("answers", total=total)
+        return answer_all(job, reader, limit, journal, lambda n: progress.advance(task, n))
+
+
+def _facts(job: Job, source: Source, reader: Reader, selectors: Path | None) -> dict[str, Any]:
+    """What the answers depend on, but for the batch size, which may be another after a restart."""
+    import hashlib
+
+    import transformers
+
+    def digest(data: bytes) -> str:
+        return hashlib.sha256(data).hexdigest()
+
+    path = Path(source.data)
+    weights = fingerprint(job.loaded.model)
+    return {
+        "data": digest(path.read_bytes()) if path.is_file() else reader.description,
+        "image folder": source.image_folder and str(source.image_folder.resolve()),
+        "columns": source.columns,
+        "prompt": source.prompt,
+        "model": digest(weights.numpy().tobytes()),
+        "dtype": str(job.loaded.dtype),
+        "selectors": selectors and digest(selectors.read_bytes()),
+        "keep": job.keep,
+        "answer length": job.max_new_tokens,
+        "transformers": transformers.__version__,
+    }
+
+
+def _told(lines: list[dict[str, Any]], new: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """The totals: tokens over all answers, speed over those that were made now."""
+
+    def mean(name: str) -> float:
+        return sum(line[name] for line in lines) / len(lines)
+
+    tokens = sum(line["new_tokens"] for line in new)
+    return {
+        "answers": len(lines),
+        "kept_from_before": len(lines) - len(new),
+        "seconds": seconds,
+        "answers_per_second": len(new) / seconds if new else None,
+        "new_tokens_per_second": tokens / seconds if new else None,
+        "new_tokens": sum(line["new_tokens"] for line in lines),
+        "visual_tokens": mean("visual_tokens"),
+        "visual_tokens_kept": mean("visual_tokens_kept"),
+    }
+
+
+def _sentence(told: dict[str, Any]) -> str:
+    share = 100 * told["visual_tokens_kept"] / told["visual_tokens"]
+    before = told["kept_from_before"]
+    speed = "none made now"
+    if told["answers_per_second"] is not None:
+        speed = (
+            f"{told['answers_per_second']:.1f} answers and "
+            f"{told['new_tokens_per_second']:.1f} new tokens a second"
+        )
+    return (
+        f"{told['answers']} answers in {told['out']}"
+        + (f", {before} of them from before" if before else "")
+        + f"; {told['skipped']} skipped; {speed}; {told['new_tokens']} new tokens; visual tokens "
+        f"{told['visual_tokens']:.1f} a question, kept {told['visual_tokens_kept']:.1f} "
+        f"({share:.0f} %, layer average)"
+    )

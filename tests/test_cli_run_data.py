@@ -1,0 +1,177 @@
+"""`alvts run --data`: every answer once, whatever happens."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from cli_tools import alvts, model_folder, refused, scene_file
+from PIL import Image
+
+PROMPTS = ["is there a circle?", "what color is the circle?", "<image> how many red objects?"]
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """Ten questions of three lengths about two pictures, and two broken ones."""
+    (tmp_path / "a.png").write_bytes(scene_file().read_bytes())
+    Image.new("RGB", (60, 30), "red").save(tmp_path / "b.png")
+    records = [
+        {"id": f"q{i}", "image": "ab"[i % 2] + ".png", "text": PROMPTS[i % 3]} for i in range(10)
+    ]
+    records.insert(3, {"id": "gone", "image": "c.png", "text": "is it there?"})
+    records.insert(7, {"id": "long", "image": "a.png", "text": "is it " * 5000})
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    return path
+
+
+def command(data, out, *more):
+    setup = ("--model", model_folder(), "--max-new-tokens", 4, "--batch", 4)
+    return ("run", "--data", data, "--out", out, *setup, *more)
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_each_answer_is_that_of_a_single_run(questions, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    result = alvts(*command(questions, out))
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"10 answers in {out}; 2 skipped; ")
+    for words in ("answers and", "new tokens a second", "40 new tokens", "256.0 a question"):
+        assert words in result.stdout
+    assert "skipped 2 samples:" in result.stderr
+    assert "questions.jsonl:4: there is no image" in result.stderr
+    assert "questions.jsonl:8: prompt and images make" in result.stderr
+    found = rows(out)
+    assert [row["index"] for row in found] == [0, 1, 2, 4, 5, 6, 8, 9, 10, 11]
+    assert [row["id"] for row in found] == [f"q{i}" for i in range(10)]
+    assert len({row["text_tokens"] for row in found}) > 1
+    for row in found[:4]:
+        picture = tmp_path / ("ab"[int(row["id"][1:]) % 2] + ".png")
+        asked = ("--image", picture, "--prompt", row["prompt"], "--max-new-tokens", 4, "--json")
+        one = json.loads(alvts("run", "--model", model_folder(), *asked).stdout)
+        shared = ("answer", "new_tokens", "text_tokens", "visual_tokens", "visual_tokens_kept")
+        assert {k: row[k] for k in shared} == {k: one[k] for k in shared}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *("a.png", "answers.jsonl", "b.png", "questions.jsonl")
+    ]
+
+
+def test_parquet_dense_and_totals(questions, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    out = tmp_path / "answers.parquet"
+    result = alvts(*command(questions, out, "--dense", "--samples", 5, "--json"))
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["answers"], told["skipped"], told["kept_from_before"]) == (4, 1, 0)
+    assert told["visual_tokens_kept"] == 256
+    found = datasets.Dataset.from_parquet(str(out), cache_dir=str(tmp_path / "cache"))
+    assert found["id"] == ["q0", "q1", "q2", "q3"]
+
+
+def test_killed_and_given_again_no_answer_is_lost_or_doubled(tmp_path):
+    def told(out):
+        return command("pocket", out, "--samples", 12, "--batch", 2)
+
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    assert alvts(*told(whole)).exit_code == 0
+    journal = tmp_path / "out.jsonl.partial"
+    line = [sys.executable, "-m", "alvts_cli", *map(str, told(out))]
+    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if journal.exists() and journal.read_bytes().count(b"\n") > 4:
+            break
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not out.exists()
+    there = journal.read_bytes()
+    lines = there.count(b"\n")
+    assert 5 <= lines < 13
+    # Cut within the last line, as a kill in the middle of writing would.
+    journal.write_bytes(there[:-7])
+    result = alvts(*told(out), "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["kept_from_before"] == lines - 2
+    assert out.read_bytes() == whole.read_bytes()
+    assert [row["index"] for row in rows(out)] == list(range(12))
+    assert not journal.exists()
+
+
+def test_what_was_begun_otherwise_is_not_gone_on_with(questions, tmp_path, monkeypatch):
+    from alvts_cli import bulk
+
+    out = tmp_path / "answers.jsonl"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk, "_answer", interrupt)
+        result = alvts(*command(questions, out))
+    assert result.exit_code == 130
+    assert "give the same command again" in result.stderr
+    line = refused(*command(questions, out, "--keep", "0.5"))
+    assert "made with other keep" in line
+    questions.write_text(questions.read_text() + "\n")
+    assert "made with other data" in refused(*command(questions, out))
+    journal = tmp_path / "answers.jsonl.partial"
+    for broken in (b"[]\n", b"{\n", b"\xff\n", journal.read_bytes() + b"3\n"):
+        journal.write_bytes(broken)
+        assert "is damaged; delete it" in refused(*command(questions, out))
+    journal.unlink()
+    held = bulk.Journal(out, {})
+    assert "another run is writing" in refused(*command(questions, out))
+    held.close()
+
+
+def test_a_folder_of_pictures(questions, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(3):
+        (folder / f"{i}.png").write_bytes(scene_file().read_bytes())
+    out = tmp_path / "answers.jsonl"
+    assert "none of prompts.jsonl" in refused(*command(folder, out))
+    result = alvts(*command(folder, out, "--prompt", "is there a circle?"))
+    assert result.exit_code == 0, result.output
+    assert [row["id"] for row in rows(out)] == ["0.png", "1.png", "2.png"]
+    asked = ("--image", folder, "--prompt", "is there a circle?", "--max-new-tokens", 1, "--json")
+    one = alvts("run", "--model", model_folder(), *asked)
+    assert json.loads(one.stdout)["visual_tokens"] == 3 * 256
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        (("--data", "x.json"), "--out"),
+        (("--data", "x.json", "--out", "a.txt"), "--out"),
+        (("--data", "x.json", "--out", "a.jsonl", "--compare"), "--compare"),
+        (("--data", "x.json", "--out", "a.jsonl", "--image", "x.png"), "--image"),
+        (("--data", "x.json", "--out", "a.jsonl", "--columns", "what"), "--columns"),
+        (("--image", "x.png", "--prompt", "what?", "--out", "a.jsonl"), "--out"),
+        (("--image", "x.png", "--prompt", "what?", "--samples", "3"), "--samples"),
+        (("--image", "x.png"), "--prompt"),
+        (("--prompt", "what?"), "--image"),
+        ((), "--image"),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_line(more, word):
+    assert word in refused("run", *more, code=2)
+
+
+def test_data_that_give_no_answer_are_one_line(tmp_path, questions):
+    out = tmp_path / "answers.jsonl"
+    assert "no file" in refused(*command(tmp_path / "none.json", out))
+    assert "--samples" in refused(*command("pocket", out))
+    assert "cannot write" in refused(*command(questions, "/nowhere/answers.jsonl"))
+    questions.write_text('{"image": "gone.png", "text": "what?"}')
+    line = refused(*command(questions, out))
+    assert "1 were skipped, such as questions.jsonl:1: there is no image" in line
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png", "questions.jsonl"]
