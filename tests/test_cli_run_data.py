@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 from cli_tools import alvts, model_folder, refused, scene_file
@@ -175,3 +176,17 @@ def test_data_that_give_no_answer_are_one_line(tmp_path, questions):
     line = refused(*command(questions, out))
     assert "1 were skipped, such as questions.jsonl:1: there is no image" in line
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "b.png", "questions.jsonl"]
+
+
+def test_a_line_that_was_cut_is_dropped_for_good(tmp_path):
+    from alvts_cli.bulk import Journal
+
+    out = tmp_path / "answers.jsonl"
+    with closing(Journal(out, {"a": 1})) as journal:
+        journal.add([{"index": 0}, {"index": 1}])
+    journal.path.write_bytes(journal.path.read_bytes()[:-3])
+    for new in (1, 2):
+        with closing(Journal(out, {"a": 1})) as journal:
+            assert list(journal.lines) == list(range(new))
+            journal.add([{"index": i} for i in range(new + 1)])
+    assert journal.path.read_text().count("\n") == 4
