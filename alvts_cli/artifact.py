@@ -1,10 +1,12 @@
 """The file that calibration writes and every other command reads: one `.safetensors`.
 
 Tensors: `layers.{i}.` with `down`, `up`, `inner`, `outer` and, where the model's keys have them,
-`key_bias` and `key_norm` (see `engine.scoring.LayerSelector`); `carry.{i}.` with `down` and `up`
-where what is skipped can be carried (see `engine.carry.Carry`); and `fingerprint` `[L, 2, 16]`
-float32. The large ones are in the dtype the model was calibrated in: `attach` casts to the model's
-dtype anyway, so float32 for a bfloat16 model would only double the file.
+`key_bias` and `key_norm` (see `engine.scoring.LayerSelector`), or in the paper's form `query`,
+`key` and, where the model's queries have one, `query_bias` (see `engine.paper.PaperSelector`);
+`carry.{i}.` with `down` and `up` where what is skipped can be carried (see `engine.carry.Carry`);
+and `fingerprint` `[L, 2, 16]` float32. The large ones are in the dtype the model was calibrated in:
+`attach` casts to the model's dtype anyway, so float32 for a bfloat16 model would only double the
+file.
 
 Metadata: one key, `alvts`, with a JSON object (safetensors writes several keys in random order, and
 the same calibration must give the same bytes). Nothing is ever unpickled.
@@ -23,8 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from .engine.attaching import Selector
 from .engine.carry import Carry
 from .engine.keep import resolve_keep
+from .engine.paper import PaperSelector
 from .engine.policy import Picked, Policy
 from .engine.scoring import LayerSelector
 from .engine.sizes import PLACES
@@ -34,11 +38,11 @@ from .families import family_of
 FORMAT = 4
 """Raised when an older alvts would misread the file. A new key it may ignore is no reason.
 
-1 had one schedule in the place of several; 1 and 2 had the paper's selectors; 3 had no policies,
-and reads as such: each layer chooses the most important tokens."""
+1 had one schedule in the place of several; 1 and 2 had selectors of the paper's form; 3 had no
+policies: each layer chooses the most important tokens. All are read as what they are."""
 
-OLDEST = 3
-"""The oldest format that is read."""
+FORMS = {"alvts": LayerSelector, "paper": PaperSelector}
+"""Forms of selectors by their names in the file."""
 
 _VALUES = 16
 """Values of each weight in the fingerprint."""
@@ -129,7 +133,7 @@ class Artifact:
         visual_tokens: of a calibration sample, the median: what a number of tokens is a share of.
     """
 
-    layers: tuple[LayerSelector, ...]
+    layers: tuple[Selector, ...]
     default_keep: float
     schedules: tuple[tuple[float, ...], ...]
     model_id: str
@@ -144,12 +148,22 @@ class Artifact:
     @property
     def rank(self) -> int:
         """`R`."""
-        return self.layers[0].down.shape[0]
+        return self.layers[0].rank
 
     @property
     def hidden_size(self) -> int:
         """`D`."""
-        return self.layers[0].down.shape[1]
+        return self.layers[0].width
+
+    @property
+    def paper(self) -> bool:
+        """Whether the selectors are of the paper's form."""
+        return isinstance(self.layers[0], PaperSelector)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the large tensors."""
+        return next(iter(self.layers[0].tensors().values())).dtype
 
     def check_model(self, model: Any, model_id: str | None = None) -> None:
         """Refuse any other model than the one the selectors were fitted for.
@@ -216,6 +230,7 @@ def save_artifact(artifact: Artifact, path: Path) -> None:
     record = artifact.calibration
     metadata = {
         "format": FORMAT,
+        "form": "paper" if artifact.paper else "alvts",
         "model": artifact.model_id,
         "revision": artifact.revision,
         "family": artifact.family,
@@ -277,7 +292,7 @@ def load_artifact(path: Path) -> Artifact:
     )
 
 
-def pack_layer(prefix: str, selector: LayerSelector) -> dict[str, Tensor]:
+def pack_layer(prefix: str, selector: Selector) -> dict[str, Tensor]:
     """A layer's tensors under their names in the file."""
     return {
         f"{prefix}{name}": tensor.detach().cpu().contiguous()
@@ -285,12 +300,25 @@ def pack_layer(prefix: str, selector: LayerSelector) -> dict[str, Tensor]:
     }
 
 
-def unpack_layer(prefix: str, tensors: dict[str, Tensor], eps: float) -> LayerSelector:
+def unpack_layer(prefix: str, tensors: dict[str, Tensor], eps: float, form: str) -> Selector:
     """The inverse of `pack_layer`; takes the tensors out of `tensors`.
+
+    Args:
+        prefix: of their names.
+        tensors: by name.
+        eps: of the layer's input RMSNorm.
+        form: one of `FORMS`.
 
     Raises:
         KeyError: one of them, other than the bias and the norm, is not there.
     """
+    if form == "paper":
+        return PaperSelector(
+            query=tensors.pop(f"{prefix}query"),
+            key=tensors.pop(f"{prefix}key"),
+            query_bias=tensors.pop(f"{prefix}query_bias", None),
+            eps=eps,
+        )
     return LayerSelector(
         down=tensors.pop(f"{prefix}down"),
         up=tensors.pop(f"{prefix}up"),
@@ -376,17 +404,28 @@ def _metadata(data: bytes, path: Path) -> dict[str, Any]:
         raise AlvtsError(
             f"{path} has format {version}, this alvts reads up to {FORMAT}; upgrade alvts"
         )
-    if version < OLDEST:
-        raise AlvtsError(
-            f"{path} was made by an older alvts (format {version}, now {FORMAT}); calibrate again"
-        )
+    return _check_metadata(_as_newest(metadata, version, path), path)
+
+
+def _as_newest(metadata: dict[str, Any], version: int, path: Path) -> dict[str, Any]:
+    """What a file of an older format says, in the words of the newest.
+
+    Raises:
+        AlvtsError: selectors that were fitted without the causal mask, which formats 1 and 2 had.
+    """
     if version < FORMAT:
         metadata = {"carry_rank": 0, "picked": [], "visual_tokens": 0, **metadata}
-    return _check_metadata(metadata, path)
+    if "schedule" in metadata:
+        schedule = metadata.pop("schedule")
+        metadata["schedules"] = [schedule] if schedule else []
+    if version < 3 and not metadata.pop("causal", True):
+        raise AlvtsError(f"{path} holds selectors without a causal mask; calibrate again")
+    return {"form": "paper" if version < 3 else "alvts", **metadata}
 
 
 _KEYS: dict[str, tuple[type, ...]] = {
     "format": (int,),
+    "form": (str,),
     "model": (str,),
     "revision": (str, type(None)),
     "family": (str,),
@@ -407,6 +446,8 @@ def _check_metadata(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
     for key, types in _KEYS.items():
         if not isinstance(metadata.get(key), types) or key not in metadata:
             raise AlvtsError(f"the metadata of {path} has no valid {key!r}")
+    if metadata["form"] not in FORMS:
+        raise AlvtsError(f"the metadata of {path} has no valid 'form'")
     layers = metadata["num_layers"]
     eps = metadata["norm_eps"]
     if layers < 1 or len(eps) != layers or not all(isinstance(e, float) for e in eps):
@@ -490,26 +531,30 @@ def _carries(tensors: dict[str, Tensor], metadata: dict[str, Any], path: Path) -
 
 def _unpack_checked(
     tensors: dict[str, Tensor], i: int, eps: float, metadata: dict[str, Any], path: Path
-) -> LayerSelector:
+) -> Selector:
     prefix = f"layers.{i}."
     try:
-        selector = unpack_layer(prefix, tensors, eps)
+        selector = unpack_layer(prefix, tensors, eps, metadata["form"])
     except KeyError as error:
         raise AlvtsError(f"{path} is incomplete: it lacks the tensor {error}") from None
     rank, width = metadata["rank"], metadata["hidden_size"]
-    # Of a damaged file they may have no dimension at all.
-    keys, units = (sum(tensor.shape[:1]) for tensor in (selector.up, selector.inner))
-    norm = selector.key_norm
-    # Each head's; all that a file alone can tell is that it divides the keys.
-    head = sum(norm.shape[:1]) if norm is not None else keys
-    shapes = {
-        "down": (rank, width),
-        "up": (keys, rank),
-        "key_bias": (keys,),
-        "inner": (units, rank + PLACES + 1),
-        "outer": (units + PLACES,),
-        "key_norm": (head if head and keys % head == 0 else keys,),
-    }
+    shapes: dict[str, tuple[int, ...]]
+    if isinstance(selector, PaperSelector):
+        shapes = {"query": (rank, width), "key": (rank, width), "query_bias": (rank,)}
+    else:
+        # Of a damaged file they may have no dimension at all.
+        keys, units = (sum(tensor.shape[:1]) for tensor in (selector.up, selector.inner))
+        norm = selector.key_norm
+        # Each head's; all that a file alone can tell is that it divides the keys.
+        head = sum(norm.shape[:1]) if norm is not None else keys
+        shapes = {
+            "down": (rank, width),
+            "up": (keys, rank),
+            "key_bias": (keys,),
+            "inner": (units, rank + PLACES + 1),
+            "outer": (units + PLACES,),
+            "key_norm": (head if head and keys % head == 0 else keys,),
+        }
     named = pack_layer(prefix, selector)
     for name, tensor in named.items():
         expected = shapes[name.removeprefix(prefix)]

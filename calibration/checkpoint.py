@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from alvts_cli.artifact import LayerFit, pack_layer, unpack_layer, write_whole
-from alvts_cli.engine import LayerSelector
+from alvts_cli.engine import PaperSelector, Selector
 from alvts_cli.errors import AlvtsError
 
 
@@ -25,7 +25,7 @@ from alvts_cli.errors import AlvtsError
 class LayerResult:
     """A fitted layer: the selector on the CPU as it goes into the artifact, and how good it is."""
 
-    selector: LayerSelector
+    selector: Selector
     fit: LayerFit
 
 
@@ -80,7 +80,7 @@ class Checkpoint:
                 # Clones: the file is deleted while they are in use.
                 tensors = {name: file.get_tensor(name).clone() for name in names}
             return LayerResult(
-                unpack_layer("", tensors, told["eps"]),
+                unpack_layer("", tensors, told["eps"], told["form"]),
                 LayerFit(**told["fit"]),
             )
         except (SafetensorError, OSError, ValueError, KeyError, TypeError):
@@ -101,6 +101,7 @@ class Checkpoint:
         told = json.dumps(
             {
                 "eps": result.selector.eps,
+                "form": "paper" if isinstance(result.selector, PaperSelector) else "alvts",
                 "fit": asdict(result.fit),
             }
         )

@@ -55,7 +55,7 @@ def initialise(projections: QueryKey, hidden: Tensor, rank: int, seed: int) -> F
         rank: at most the smaller side of `W_K`.
         seed: of the network.
     """
-    up, down = _factor(projections.w_k.float(), rank)
+    up, down = factor(projections.w_k.float(), rank)
     hidden = hidden.to(down.device).float()
     states = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + projections.norm_eps)
     spread = (states * projections.norm_weight.float() @ down.T).std(dim=0).clamp(min=1e-6)
@@ -69,8 +69,9 @@ def initialise(projections: QueryKey, hidden: Tensor, rank: int, seed: int) -> F
     )
 
 
-def _factor(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`[M, R]` and `[R, D]` whose product is the best approximation of `weight` of this rank."""
+def factor(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """`[M, R]` and `[R, D]` whose product is the best approximation of `weight` of this rank: its
+    truncated SVD, the singular values split evenly."""
     smaller = min(weight.shape)
     if smaller <= _EXACT:
         u, s, v = torch.linalg.svd(weight, full_matrices=False)

@@ -12,7 +12,7 @@ import torch
 from alvts_cli import __version__
 from alvts_cli.artifact import Artifact, CalibrationRecord, LayerFit, fingerprint
 from alvts_cli.data import Reader, Sample
-from alvts_cli.engine import default_carry_rank, default_rank
+from alvts_cli.engine import Carry, default_carry_rank, default_rank, paper_rank
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of
 from alvts_cli.prompts import build_inputs
@@ -93,8 +93,16 @@ def calibrate(
     family.check(model)
     config: Any = family.text_model(model).config
     layers: Any = family.layers(model)
-    most = min(family.query_key(layers[0]).w_k.shape)
-    rank = settings.rank or min(default_rank(config.hidden_size), most)
+    paper = settings.form == "paper"
+    projections = family.query_key(layers[0])
+    if paper and (projections.q_norm is not None or projections.k_norm is not None):
+        raise AlvtsError(
+            "the paper's form folds queries and keys into two matrices, which the norms that this "
+            "model has between them do not allow; calibrate without --form paper"
+        )
+    most = min((projections.w_q if paper else projections.w_k).shape)
+    usual = paper_rank if paper else default_rank
+    rank = settings.rank or min(usual(config.hidden_size), most)
     if rank > most:
         raise AlvtsError(f"rank {rank} is more than this model allows; at most {most}")
     settings = replace(settings, rank=rank)
@@ -135,11 +143,13 @@ def calibrate(
     )
     counts = len(fitted), len(held_out)
     del fitted, held_out  # Their last hidden states are of no use, and large.
-    selectors = tuple(result.selector for result in results)
-    carry_rank = default_carry_rank(config.hidden_size)
-    carries = fit_carries(
-        model, selectors, again, carry_rank, lambda i: watch.carried(i, len(layers))
-    )
+    selectors: tuple[Any, ...] = tuple(result.selector for result in results)
+    carries: tuple[Carry, ...] = ()
+    if not paper:
+        carry_rank = default_carry_rank(config.hidden_size)
+        carries = fit_carries(
+            model, selectors, again, carry_rank, lambda i: watch.carried(i, len(layers))
+        )
     record = CalibrationRecord(
         data=data,
         fitted=counts[0],
@@ -161,6 +171,8 @@ def calibrate(
         carries=carries,
         visual_tokens=int(median(tokens)),
     )
+    if paper:
+        return artifact
     trials = try_policies(model, artifact, answers, watch.trial)
     return replace(artifact, picked=pick(trials), calibration=replace(record, trials=trials))
 
@@ -194,7 +206,8 @@ def _capture_all(
             broken.append(f"{sample.id}: {error}")
             watch.skipped(broken[-1])
             continue
-        if measures and len(answers) < settings.policy_samples:
+        tries = measures and settings.form != "paper"
+        if tries and len(answers) < settings.policy_samples:
             answers.append(answered(model, inputs, settings.answer_tokens))
         ids.append(sample.id)
         watch.sample(len(ids))

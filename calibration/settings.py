@@ -2,8 +2,11 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from alvts_cli.errors import AlvtsError
+
+FORMS = ("alvts", "paper")
 
 
 @dataclass(frozen=True)
@@ -11,7 +14,9 @@ class Settings:
     """Options of one run; checked when made.
 
     Attributes:
-        rank: `R`; None takes `engine.default_rank` of the model.
+        form: of the selectors: "alvts", or "paper" for the paper's own and nothing on top: no
+            carried updates, no policies.
+        rank: `R`; None takes `engine.default_rank` of the model, or `engine.paper_rank`.
         keep: ratio at which recall is measured, and the artifact's default: 64 of 576 tokens.
         held_out: share of the samples that is not fitted but measured on; at least one is.
         steps: optimiser steps per layer (see `align`).
@@ -23,6 +28,7 @@ class Settings:
         answer_tokens: the longest answer in these measurements.
     """
 
+    form: str = "alvts"
     rank: int | None = None
     keep: float = 1 / 9
     held_out: float = 1 / 4
@@ -34,7 +40,15 @@ class Settings:
     policy_samples: int = 64
     answer_tokens: int = 16
 
+    @classmethod
+    def paper(cls, **options: Any) -> "Settings":
+        """For the paper's form: the steps and the rate that were best for its objective (see
+        `align`); the paper names neither."""
+        return cls(form="paper", **{"steps": 400, "learning_rate": 1e-3, **options})
+
     def __post_init__(self) -> None:
+        if self.form not in FORMS:
+            raise AlvtsError(f"unknown form {self.form!r}; known: {', '.join(FORMS)}")
         if self.rank is not None and self.rank < 1:
             raise AlvtsError(f"the rank must be at least 1, not {self.rank}")
         if not 0 < self.keep <= 1:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alvts_cli.artifact import LayerFit
-from alvts_cli.engine import LayerSelector, resolve_keep
+from alvts_cli.engine import Selector, resolve_keep
 from alvts_cli.engine.probe import attention_means, project
 from alvts_cli.engine.scoring import TextRows, asking
 from alvts_cli.errors import AlvtsError
@@ -22,6 +22,7 @@ from .align import Target, align, collate
 from .capture import Captured, advance, on_device
 from .checkpoint import Checkpoint, LayerResult
 from .initialise import Factors, initialise
+from .paper import PaperFactors, initialise_paper
 from .settings import Settings
 
 
@@ -97,6 +98,7 @@ def _target(layer: Any, sample: Captured, index: int) -> Target:
         sample.hidden,
         sample.positions,
         sample.visual,
+        ~sample.visual,
         rows,
         from_visual.cpu(),
         from_text.cpu(),
@@ -111,38 +113,39 @@ def _fit_layer(
     rank: int,
     seed: int,
 ) -> LayerResult:
-    seen = torch.cat([target.hidden[target.visual] for target in fitted[:_SEEN]])
-    start = initialise(projections, seen, rank, seed)
-    before = _measure(_stored(start, projections), held_out, settings.keep)
-    end = align(start, projections, fitted, settings, seed)
-    selector = _stored(end, projections)
+    if settings.form == "paper":
+        paper = initialise_paper(projections, rank)
+        before = _measure(_stored(paper, projections), held_out, settings.keep)
+        selector = _stored(align(paper, projections, fitted, settings, seed), projections)
+    else:
+        seen = torch.cat([target.hidden[target.visual] for target in fitted[:_SEEN]])
+        start = initialise(projections, seen, rank, seed)
+        before = _measure(_stored(start, projections), held_out, settings.keep)
+        selector = _stored(align(start, projections, fitted, settings, seed), projections)
     after = _measure(selector, held_out, settings.keep)
     fit = LayerFit(before[0], after[0], before[1], after[1])
-    return LayerResult(selector.to(torch.device("cpu"), selector.down.dtype), fit)
+    return LayerResult(selector.to(torch.device("cpu"), projections.norm_weight.dtype), fit)
 
 
 @torch.no_grad()
-def _stored(factors: Factors, projections: QueryKey) -> LayerSelector:
+def _stored(factors: Factors | PaperFactors, projections: QueryKey) -> Selector:
     """The selector in the dtype it will run in, so that what is measured is what runs."""
     norm = projections.norm_weight
     return factors.selector(projections).to(norm.device, norm.dtype)
 
 
 @torch.no_grad()
-def _measure(
-    selector: LayerSelector, targets: Sequence[Target], keep: float
-) -> tuple[float, float]:
+def _measure(selector: Selector, targets: Sequence[Target], keep: float) -> tuple[float, float]:
     """Mean loss and mean recall of the `k` best tokens, over samples."""
-    device = selector.down.device
+    device = next(iter(selector.tensors().values())).device
     losses, recalls = [], []
     for one in targets:
         target = collate([one], device)
-        found = target.means(selector)
+        found, loss = target.measure(selector)
         visual = target.visual
-        losses.append(target.loss(found).mean())
-        recalls.append(_recall((found[0] * found[1])[visual], target.reference[visual], keep))
-    loss = torch.stack(losses).mean().item()
-    return loss, torch.stack(recalls).mean().item()
+        losses.append(loss.mean())
+        recalls.append(_recall(found[visual], target.reference[visual], keep))
+    return torch.stack(losses).mean().item(), torch.stack(recalls).mean().item()
 
 
 def _recall(found: Tensor, reference: Tensor, keep: float) -> Tensor:

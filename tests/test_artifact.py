@@ -23,7 +23,8 @@ from alvts_cli.artifact import (
     load_artifact,
     save_artifact,
 )
-from alvts_cli.engine import PAPER, Carry, LayerSelector, Picked, Policy
+from alvts_cli.engine import PAPER, Carry, LayerSelector, PaperSelector, Picked, Policy
+from alvts_cli.engine.paper import paper_importance
 from alvts_cli.engine.sizes import PLACES
 
 RANK, KEYS, UNITS = 5, 16, 6
@@ -269,19 +270,51 @@ def test_another_format(saved: Path) -> None:
     tensors, _ = parts(saved)
     rewrite(saved, tensors, {"format": 5, "unheard": "of"})
     assert "has format 5, this alvts reads up to 4; upgrade" in refusal(saved)
-    rewrite(saved, tensors, {"format": 2, "causal": True})
-    assert "made by an older alvts (format 2, now 4); calibrate again" in refusal(saved)
 
 
-def test_a_file_of_format_3_has_no_policies(saved: Path) -> None:
-    tensors, metadata = parts(saved)
-    few = {name: value for name, value in tensors.items() if not name.startswith("carry.")}
-    old = {k: v for k, v in metadata.items() if k not in ("carry_rank", "picked", "visual_tokens")}
-    record = {k: v for k, v in old["calibration"].items() if k != "trials"}
-    rewrite(saved, few, {**old, "format": 3, "calibration": {**record, "ratios": [], "losses": []}})
-    found = load_artifact(saved)
-    assert found.picked == found.carries == found.calibration.trials == ()
-    assert found.schedules
+OLD = Path(__file__).parent / "artifacts"
+"""Small files written by the alvts of their time, for the tiny LLaVA."""
+
+RANKED = [
+    [3, 5, 6, 4, 1, 2, 0],
+    [1, 0, 4, 3, 2, 5, 6],
+    [2, 4, 1, 3, 5, 0, 6],
+    [0, 2, 3, 1, 5, 4, 6],
+]
+"""How the alvts of formats 1 and 2 ranked the visual tokens below in every layer."""
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_a_file_of_an_older_format_still_loads_and_runs(number: int) -> None:
+    found = load_artifact(OLD / f"format-{number}.safetensors")
+    assert found.paper == (number < 3)
+    assert found.calibration.fitted == 6 and found.calibration.mean.recall_after == 0.8
+    assert bool(found.picked) == bool(found.carries) == (number == 4)
+    assert len(found.schedules) == {1: 1, 2: 2, 3: 2, 4: 0}[number]
+    model = make_model("llava")
+    found.check_model(model)
+    with torch.no_grad(), attach(model, found, 0.25) as attachment:
+        model(**make_inputs(model, one_image("llava")))
+    assert attachment.last is not None and attachment.last.layer_average == 4
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_papers_selectors_of_old_files_rank_as_they_did(number: int) -> None:
+    hidden = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(0))
+    visual = torch.zeros(1, 12, dtype=torch.bool)
+    visual[:, 2:9] = True
+    for selector, ranked in zip(
+        load_artifact(OLD / f"format-{number}.safetensors").layers, RANKED, strict=True
+    ):
+        assert isinstance(selector, PaperSelector)
+        scores = paper_importance(hidden, selector, visual, ~visual, False)
+        assert scores[0, 2:9].argsort(descending=True).tolist() == ranked
+
+
+def test_selectors_without_a_causal_mask_are_refused(tmp_path: Path) -> None:
+    tensors, metadata = parts(OLD / "format-2.safetensors")
+    rewrite(tmp_path / "a.safetensors", tensors, {**metadata, "causal": False})
+    assert "without a causal mask; calibrate again" in refusal(tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(

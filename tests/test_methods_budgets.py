@@ -6,7 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 from methods_tools import LAYERS, attached_run, deep_model, dense_run, prompts
-from tiny import FAMILIES, WIDTH, Prompt, make_inputs, make_model, make_selectors, one_image
+from tiny import (
+    FAMILIES,
+    WIDTH,
+    Prompt,
+    make_inputs,
+    make_model,
+    make_paper_selectors,
+    make_selectors,
+    one_image,
+)
 
 from alvts_cli import AlvtsError
 from alvts_cli.engine import spend
@@ -15,6 +24,10 @@ from alvts_cli.families import family_of
 from alvts_cli.methods import METHODS, make_method, oracle
 from alvts_cli.methods.base import Method
 from alvts_cli.methods.downsample import Downsample, _grid, _pictures, _pooling, _shares
+
+
+def selectors_for(name, family="llava"):
+    return make_paper_selectors() if name == "alvts-paper" else make_selectors(family)
 
 
 def schedule(name, budget, visual=576, layers=32):
@@ -128,7 +141,7 @@ def test_a_ratio_is_solved_for_every_sample():
 def test_a_padded_batch_equals_singles(family, name):
     model = make_model(family)
     samples = [one_image(family), Prompt([1, 5, 9], one_image(family, 3).images, seed=3)]
-    method = make_method(name, make_selectors(family))
+    method = make_method(name, selectors_for(name, family))
     options = dict(
         max_new_tokens=3, do_sample=False, return_dict_in_generate=True, output_logits=True
     )
@@ -153,7 +166,7 @@ def test_all_leave_the_model_as_it_was(name):
     before = hooks()
     with torch.no_grad():
         dense = model(**inputs).logits
-        with make_method(name, make_selectors()).attached(model, 0.4, ["a"]):
+        with make_method(name, selectors_for(name)).attached(model, 0.4, ["a"]):
             changed = model(**inputs).logits
         assert hooks() == before
         assert torch.equal(model(**inputs).logits, dense)
@@ -165,7 +178,7 @@ def test_eager_attention_is_not_needed_and_changes_nothing(name):
     logits = []
     for attn in ("sdpa", "eager"):
         model = make_model("llava", attn)
-        with torch.no_grad(), make_method(name, make_selectors()).attached(model, 0.4, ["a"]):
+        with torch.no_grad(), make_method(name, selectors_for(name)).attached(model, 0.4, ["a"]):
             logits.append(model(**make_inputs(model, one_image("llava"))).logits)
         assert model.config.text_config._attn_implementation == attn
     torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)

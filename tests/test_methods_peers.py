@@ -148,6 +148,22 @@ def test_dart_by_hand():
 
 
 @pytest.mark.parametrize("b", [0, 1])
+def test_divprune_takes_what_is_farthest_from_what_it_has(b):
+    dense = dense_run(prompts()[b])
+    states = dense.hidden[0]
+
+    def far(i, j):
+        return 1 - torch.cosine_similarity(states[i], states[j], dim=0).item()
+
+    nearest = {i: min(far(i, j) for j in dense.visual if j != i) for i in dense.visual}
+    chosen = [max(nearest, key=nearest.__getitem__)]
+    while len(chosen) < BUDGET:
+        left = {i: min(far(i, j) for j in chosen) for i in dense.visual if i not in chosen}
+        chosen.append(max(left, key=left.__getitem__))
+    check(attached_run("divprune", BUDGET, prompts())[b], dense, [sorted(chosen)] * LAYERS)
+
+
+@pytest.mark.parametrize("b", [0, 1])
 def test_vtw_withdraws_everything(b):
     dense = dense_run(prompts()[b])
     check(attached_run("vtw", BUDGET, prompts())[b], dense, [dense.visual] * 12 + [[]] * 20)

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
 )
 
-from alvts_cli.engine import PAPER, Carry, LayerSelector, Picked, Policy
+from alvts_cli.engine import PAPER, Carry, LayerSelector, PaperSelector, Picked, Policy, Selector
 from alvts_cli.engine.calls import CACHE_NAMES
 from alvts_cli.engine.sizes import PLACES
 
@@ -165,7 +165,7 @@ def make_model(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float
 class Selectors:
     """What an artifact offers to `attach`."""
 
-    layers: list[LayerSelector | None]
+    layers: list[Selector | None]
     default_keep: float = 0.25
     schedules: tuple[tuple[float, ...], ...] = ()
     carries: Sequence[Carry] = ()
@@ -206,7 +206,7 @@ def make_selectors(
     picked for any keep ratio."""
     generator = torch.Generator().manual_seed(1)
     keys = _TEXT["num_key_value_heads"] * HEAD_SIZES.get(family, 8)
-    layers: list[LayerSelector | None] = [
+    layers: list[Selector | None] = [
         random_selector(
             generator,
             keys,
@@ -224,6 +224,21 @@ def make_selectors(
             )
             carries.append(Carry(down * 0.2, up * 0.5, 1e-6))
     return Selectors(layers, carries=carries, picked=[Picked(0.25, policy)], **more)
+
+
+def paper_selector(seed: int, rank: int = 3) -> PaperSelector:
+    """Random, of the paper's form."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return PaperSelector(random(rank, WIDTH) * 0.4, random(rank, WIDTH) * 0.4, random(rank), 1e-6)
+
+
+def make_paper_selectors() -> Selectors:
+    """Random selectors of the paper's form, another one in each layer."""
+    return Selectors([paper_selector(i) for i in range(LAYERS)])
 
 
 @dataclass

@@ -8,7 +8,7 @@ from math import nan
 from statistics import mean, median
 from typing import Any
 
-from ..engine import Attachment, Prefill, Selection, attach, prefill_flops
+from ..engine import Attachment, PaperSelector, Prefill, Selection, attach, prefill_flops
 from ..families import family_of
 from ..methods import make_method
 from .compiled import compiled, compiler_errors
@@ -194,7 +194,9 @@ def _values(runs: list[Generated], name: str) -> list[float]:
 def _counted(subject: Subject, kept: Prefill) -> dict[str, float]:
     """The figures that are the same at every run."""
     prompt, batch = subject.prompt, subject.settings["batch"]
-    selection = Selection(rank_of(subject.selectors), kept.policy, kept.carry_rank)
+    selectors = subject.selectors
+    paper = any(isinstance(layer, PaperSelector) for layer in selectors.layers)
+    selection = Selection(rank_of(selectors), kept.policy, kept.carry_rank, paper)
     text_model: Any = family_of(subject.model).text_model(subject.model)
 
     def flops(visual_per_layer: list[int]) -> int:

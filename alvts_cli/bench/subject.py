@@ -148,7 +148,7 @@ def loaded_subject(wanted: Wanted, images: Sequence[Path], prompt: str) -> Subje
 
 def rank_of(selectors: Selectors) -> int:
     """`R`, the largest where layers differ; 0 without any selector."""
-    return max((layer.down.shape[0] for layer in selectors.layers if layer is not None), default=0)
+    return max((layer.rank for layer in selectors.layers if layer is not None), default=0)
 
 
 def _fitted(path: Path, model: Any, name: str) -> Selectors:

@@ -33,8 +33,20 @@ def calibrate(
     samples: Annotated[
         int, typer.Option(min=3, help="Drawn at random; a quarter measures, the rest is fitted.")
     ] = 256,
+    form: Annotated[
+        str,
+        typer.Option(
+            help="Of the selectors: 'alvts', or 'paper' for the paper's own, to compare with: no "
+            "carried updates, no policies."
+        ),
+    ] = "alvts",
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Of the selectors; default: width / 64, at least 24.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Of the selectors; default: width / 64, at least 24; width / 16, at least 16, in "
+            "the paper's form.",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Default: <model>.alvts.safetensors in this folder.")
@@ -71,7 +83,8 @@ def calibrate(
     # Everything that can be wrong is found before the model is loaded.
     check_writable(output)
     checkpoint = Checkpoint(output, resume)
-    settings = Settings(rank=rank, seed=seed)
+    paper = form == "paper"
+    settings = Settings.paper(rank=rank, seed=seed) if paper else Settings(form, rank, seed=seed)
     reader = read_data(Source(data, image_folder, told), samples, seed)
     words = Console(stderr=True, soft_wrap=True)
     loaded = load_model(model, device, dtype)
@@ -94,7 +107,7 @@ def calibrate(
             trials = progress.add_task("policies", total=None, done="")
 
             def on_layer(index: int, count: int, fit: LayerFit) -> None:
-                if index == 0:
+                if index == 0 and not paper:
                     # Only once it is sure that there are samples enough.
                     tried = min(settings.policy_samples, math.ceil(samples * settings.held_out))
                     cost = f"trying policies will cost about {prefills(tried):.0f} dense prefills"
@@ -144,7 +157,8 @@ def calibrate(
         f"on {record.held_out} samples that were not fitted; recall of the layer's own choice at "
         f"keep {k}; before: SVD alone"
     )
-    console.print(policy_table(artifact))
-    console.print(POLICY_NOTE)
+    if record.trials:
+        console.print(policy_table(artifact))
+        console.print(POLICY_NOTE)
     size = output.stat().st_size
     console.print(f"wrote {output} ({size:,} bytes)", soft_wrap=True, markup=False)

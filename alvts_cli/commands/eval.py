@@ -9,7 +9,7 @@ from ..bench.metrics import Gate
 from ..errors import AlvtsError
 from ..evaluate.gates import FIGURES, parse_gate
 from ..evaluate.scoring import SCORINGS
-from ..methods import FITTED, METHODS, check_method
+from ..methods import FITTED, METHODS, PAPER, check_method
 from .options import (
     ColumnsOption,
     DeviceOption,
@@ -32,6 +32,10 @@ EPILOG = "Figures for --gate: " + "; ".join(f"{name} ({about})" for name, about 
 def evaluate(
     model: ModelOption = "pocket",
     selectors: SelectorsOption = None,
+    paper_selectors: Annotated[
+        Path | None,
+        typer.Option(help="For alvts-paper: a file made by `alvts calibrate --form paper`."),
+    ] = None,
     data: Annotated[
         list[str],
         typer.Option(
@@ -43,7 +47,11 @@ def evaluate(
     image_folder: ImageFolderOption = None,
     columns: ColumnsOption = None,
     methods: Annotated[
-        str, typer.Option(help="With commas; 'all' for: " + ", ".join(METHODS) + ".")
+        str,
+        typer.Option(
+            help="With commas; 'all' for: " + ", ".join(METHODS) + f" ({PAPER} where there are "
+            "--paper-selectors)."
+        ),
     ] = "all",
     keep: Annotated[
         str,
@@ -81,7 +89,7 @@ def evaluate(
     An interrupted run goes on where it stopped when the same command is given again. A failed gate
     exits with 1.
     """
-    names = _methods(methods)
+    names = _methods(methods, paper_selectors is not None)
     budgets = _budgets(keep)
     gates = _gates(gate, names, list(budgets))
     told = read_columns(columns)
@@ -110,7 +118,8 @@ def evaluate(
     sources = [Source(one, image_folder, told) for one in data]
     sets = [read_data(source, samples, seed, scoring) for source in sources]
     loaded = load_model(model, device, dtype)
-    plan, facts = _plan(loaded, selectors, names, budgets, batch, seed)
+    files = {FITTED: selectors, (PAPER,): paper_selectors}
+    plan, facts = _plan(loaded, files, names, budgets, batch, seed)
     words = Console(stderr=True, soft_wrap=True)
     console = _wide(Console())
     text_model: Any = family_of(loaded.model).text_model(loaded.model)
@@ -151,15 +160,20 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def _methods(text: str) -> list[str]:
+def _methods(text: str, paper: bool) -> list[str]:
     if text == "all":
-        return list(METHODS)
+        return [name for name in METHODS if name != PAPER or paper]
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))
     try:
         for name in names:
             check_method(name)
     except AlvtsError as error:
         raise typer.BadParameter(str(error), param_hint="--methods") from None
+    if PAPER in names and not paper:
+        raise typer.BadParameter(
+            f"{PAPER} needs a file made by `alvts calibrate --form paper`",
+            param_hint="--paper-selectors",
+        )
     return names
 
 
@@ -189,7 +203,7 @@ def _gates(texts: list[str] | None, methods: list[str], budgets: list[str]) -> l
 
 def _plan(
     loaded: "Loaded",
-    selectors: Path | None,
+    files: dict[tuple[str, ...], Path | None],
     names: list[str],
     budgets: dict[str, int | float],
     batch: int,
@@ -205,12 +219,18 @@ def _plan(
     from ..evaluate.run import Plan, Run
     from ..methods import make_method
 
-    artifact = file = None
-    if set(FITTED) & set(names):
-        file = selectors or _find_selectors(loaded)
-        artifact = load_artifact(file)
+    read: dict[str, Any] = {}
+    used: list[Path] = []
+    for users, file in files.items():
+        if not set(users) & set(names):
+            continue
+        used.append(file or _find_selectors(loaded))
+        artifact = load_artifact(used[-1])
         artifact.check_model(loaded.model, loaded.name)
-    made = {name: make_method(name, artifact, seed) for name in dict.fromkeys(["dense", *names])}
+        read |= dict.fromkeys(users, artifact)
+    made = {
+        name: make_method(name, read.get(name), seed) for name in dict.fromkeys(["dense", *names])
+    }
     # Budget by budget, as the table is read.
     runs: dict[Run, Any] = {
         Run(name, written): (made[name], value)
@@ -221,8 +241,8 @@ def _plan(
     facts = {
         "model": loaded.model_id,
         "weights": hashlib.sha256(fingerprint(loaded.model).numpy().tobytes()).hexdigest(),
-        "selectors": None if file is None else str(file),
-        "selectors_sha256": file and hashlib.sha256(file.read_bytes()).hexdigest(),
+        "selectors": [str(file) for file in used],
+        "selectors_sha256": [hashlib.sha256(file.read_bytes()).hexdigest() for file in used],
         "methods": names,
         "keep": list(budgets),
         "batch": batch,

@@ -24,7 +24,8 @@ def info(
         "model": artifact.model_id + (f" @ {artifact.revision}" if artifact.revision else ""),
         "family": artifact.family,
         "selectors": f"{len(artifact.layers)} layers, rank {artifact.rank}, "
-        f"hidden size {artifact.hidden_size}, {artifact.layers[0].down.dtype}",
+        f"hidden size {artifact.hidden_size}, {artifact.dtype}"
+        + (", of the paper's form" if artifact.paper else ""),
         "default keep": f"{artifact.default_keep:.3f}",
         "size": f"{file.stat().st_size:,} bytes",
         "data": record.data,

@@ -12,7 +12,8 @@ In prefill every decoder layer
 
 The next layer has all tokens to choose from again. `forward` puts that together, and forward hooks
 (`attaching`) call it; nothing of the model or of transformers is patched. Another way of ranking
-tokens is one class with one method, a `Scorer`, given to `attach_scorer`.
+tokens is one class with one method, a `Scorer`, given to `attach_scorer`. Selectors as the paper
+has them are in `paper`.
 
 What is offered is listed in `names`, and loaded by the first use of any of it: torch and
 transformers come with that. `keep`, `policy` and `sizes` do without them.

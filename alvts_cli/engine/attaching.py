@@ -21,6 +21,7 @@ from .compiling import compile_decoder
 from .forward import Forward, Pieces, Scorer, Watch, no_phase
 from .keep import Keep, KeepArgument, Schedules, resolve_keep
 from .masks import check_bias, mask_style
+from .paper import PaperSelector, paper_importance
 from .plan import Plan, make_plan, read_inputs
 from .policy import PAPER, Picked, Policy, policy_for
 from .scoring import LayerSelector, importance, text_rows
@@ -28,11 +29,15 @@ from .scoring import LayerSelector, importance, text_rows
 _attached: WeakSet[nn.Module] = WeakSet()
 
 
+Selector = LayerSelector | PaperSelector
+"""Of one layer, in our form or in the paper's."""
+
+
 class Selectors(Protocol):
     """What a loaded artifact offers."""
 
     @property
-    def layers(self) -> Sequence[LayerSelector | None]: ...
+    def layers(self) -> Sequence[Selector | None]: ...
     @property
     def default_keep(self) -> float: ...
     @property
@@ -70,7 +75,7 @@ class Prefill:
 class SelectorScorer:
     """The method itself: low-rank selectors, each on its layer's device and in its dtype."""
 
-    def __init__(self, layers: Sequence[LayerSelector | None]) -> None:
+    def __init__(self, layers: Sequence[Selector | None]) -> None:
         """
         Args:
             layers: one selector per layer, None where no tokens are ranked.
@@ -85,10 +90,12 @@ class SelectorScorer:
         plan: Plan,
         layer_kwargs: dict[str, Any],
     ) -> Tensor:
-        positions = layer_kwargs[POSITIONS]
-        rows = text_rows(layer, hidden, positions, plan.asking_index, plan.asking_valid)
         selector = self.layers[layer_index]
         assert selector is not None
+        if isinstance(selector, PaperSelector):
+            return paper_importance(hidden, selector, plan.visual, plan.text, plan.padded)
+        positions = layer_kwargs[POSITIONS]
+        rows = text_rows(layer, hidden, positions, plan.asking_index, plan.asking_valid)
         return importance(hidden, selector, rows, positions, plan.visual, plan.places, plan.real())
 
 
@@ -133,9 +140,11 @@ def attach(
                 f"layer {i} has no selector but keep={resolved.values[i]}; keep 1.0 or 0 there"
             )
         if selector is not None:
-            mine = f"a width of {selector.down.shape[1]} and keys of {selector.up.shape[0]}"
-            keys = layers[i].self_attn.k_proj.out_features
-            its = f"a width of {layers[i].input_layernorm.weight.shape[0]} and keys of {keys}"
+            mine = f"a width of {selector.width}"
+            its = f"a width of {layers[i].input_layernorm.weight.shape[0]}"
+            if isinstance(selector, LayerSelector):
+                mine += f" and keys of {selector.up.shape[0]}"
+                its += f" and keys of {layers[i].self_attn.k_proj.out_features}"
             if mine != its:
                 raise AlvtsError(
                     f"the selector of layer {i} is for {mine} but the model has {its}; "
@@ -147,9 +156,7 @@ def attach(
     return Attachment(model, scorer, resolved, make_pieces(model, selectors, policy), compile)
 
 
-def _placed(
-    selectors: Sequence[LayerSelector | None], layers: Any
-) -> Sequence[LayerSelector | None]:
+def _placed(selectors: Sequence[Selector | None], layers: Any) -> Sequence[Selector | None]:
     """Each where its layer is, in the dtype of the norm: that is never quantised."""
     norms = [layer.input_layernorm.weight for layer in layers]
     return [
@@ -179,7 +186,14 @@ def make_pieces(model: Any, selectors: Selectors, policy: Policy) -> Pieces:
     norms = [layer.input_layernorm.weight for layer in layers]
     if policy.mass:
         check_bias(text_model.config._attn_implementation)
-    compared = _placed(selectors.layers, layers) if policy.compares else ()
+    compared: list[LayerSelector | None] = []
+    for selector in _placed(selectors.layers, layers) if policy.compares else ():
+        if isinstance(selector, PaperSelector):
+            raise AlvtsError(
+                "selectors of the paper's form choose by importance alone; use the policy paper, "
+                "or calibrate without --form paper"
+            )
+        compared.append(selector)
     carries: list[Carry] = []
     if policy.carry:
         if len(selectors.carries) != len(norms):

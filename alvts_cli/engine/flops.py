@@ -36,11 +36,13 @@ class Selection:
         rank: `R` of the selectors; 0 when nothing is scored.
         policy: how often they score, and what else happens.
         carry_rank: of the carried updates.
+        paper: whether the selectors are of the paper's form (see `paper`).
     """
 
     rank: int = 0
     policy: Policy = PAPER
     carry_rank: int = 0
+    paper: bool = False
 
 
 def prefill_flops(
@@ -67,6 +69,9 @@ def prefill_flops(
 
         compare  2 N^2 R between all `N` visual tokens where they are to differ,
                  2 T t R with those that the layer runs on where these carry a mass
+
+    where a selector of the paper's form takes 4 T D R to queries and keys, and 2 R + 4 per pair of
+    a row and a column it sees, for a logit and two means;
 
     and in every layer that runs on fewer than `T`, with carried updates of rank `C`, 4 T D C;
     with `m` text tokens that ask, `M` but at most `ROWS`; those in front of the image, which ask
@@ -96,6 +101,10 @@ def prefill_flops(
         due = ranked is None or (policy.every > 0 and i - ranked >= policy.every)
         if rank and due and text_tokens < tokens < total_tokens:
             ranked = i
+            if selection.paper:
+                scoring += 4 * total_tokens * width * rank
+                scoring += (2 * rank + 4) * total_tokens * (total_tokens + 1) // 2
+                continue
             scoring += 2 * total_tokens * rank * (width + kv_heads * head_dim)
             rows = min(text_tokens, ROWS)
             scoring += 2 * rows * width * heads * head_dim

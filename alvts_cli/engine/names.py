@@ -3,6 +3,7 @@
 from .attaching import (
     Attachment,
     Prefill,
+    Selector,
     Selectors,
     attach,
     attach_scorer,
@@ -16,11 +17,12 @@ from .carry import Carry
 from .flops import PrefillFlops, Selection, kv_bytes, kv_bytes_expected, prefill_flops
 from .forward import Chosen, Forward, Pieces, Scorer, Watch
 from .keep import Keep, KeepArgument, Schedules, Solved, resolve_keep, spend
+from .paper import PaperSelector
 from .plan import Plan
 from .policy import NAMED, PAPER, Picked, Policy, parse_policy, policy_for
 from .scoring import LayerSelector, importance
 from .selecting import select
-from .sizes import default_carry_rank, default_rank
+from .sizes import default_carry_rank, default_rank, paper_rank
 
 __all__ = [
     "NAMED",
@@ -32,6 +34,7 @@ __all__ = [
     "Keep",
     "KeepArgument",
     "LayerSelector",
+    "PaperSelector",
     "Picked",
     "Pieces",
     "Plan",
@@ -42,6 +45,7 @@ __all__ = [
     "Scorer",
     "Selection",
     "SelectiveLayer",
+    "Selector",
     "Selectors",
     "Solved",
     "Watch",
@@ -55,6 +59,7 @@ __all__ = [
     "kv_bytes",
     "kv_bytes_expected",
     "make_pieces",
+    "paper_rank",
     "parse_policy",
     "policy_for",
     "policy_of",

@@ -57,6 +57,16 @@ class LayerSelector:
     eps: float
     key_norm: Tensor | None = None
 
+    @property
+    def rank(self) -> int:
+        """`R`."""
+        return self.down.shape[0]
+
+    @property
+    def width(self) -> int:
+        """`D`."""
+        return self.down.shape[1]
+
     def to(self, device: torch.device, dtype: torch.dtype) -> "LayerSelector":
         """A copy for a layer's device and dtype. The small network stays in float32."""
         bias, norm = self.key_bias, self.key_norm

@@ -16,6 +16,11 @@ def default_rank(hidden_size: int) -> int:
     return max(24, hidden_size // 64)
 
 
+def paper_rank(hidden_size: int) -> int:
+    """The paper's `R`: 256 for a width of 4096, 128 for 2048; and no less than 16."""
+    return max(16, hidden_size // 16)
+
+
 def default_carry_rank(hidden_size: int) -> int:
     """`R` of the carried update: a 32nd of the width, and no less than 32. What was tried
     stands in `calibration/policy.py`; for wide models it is a guess."""

@@ -220,7 +220,7 @@ def _generate(
         terms = (reference.exp() * (reference - first)).nan_to_num(nan=0.0)
         divergence = terms.sum(dim=-1).clamp(min=0)
     tokens = inputs["attention_mask"].sum(dim=1).tolist()
-    costs = _costs(model, kept, tokens, method.rank)
+    costs = _costs(model, kept, tokens, method)
     return [
         Outcome(answer.strip(), kl, *cost)
         for answer, kl, cost in zip(said, divergence.tolist(), costs, strict=True)
@@ -228,11 +228,11 @@ def _generate(
 
 
 def _costs(
-    model: Any, kept: Prefill, tokens: Sequence[int], rank: int
+    model: Any, kept: Prefill, tokens: Sequence[int], method: Method
 ) -> list[tuple[tuple[tuple[int, int], ...], int, int]]:
     """Per sample: `kept` of an `Outcome`, its `flops` and its `slots`."""
     text_model: Any = family_of(model).text_model(model)
-    selection = Selection(rank, kept.policy, kept.carry_rank)
+    selection = Selection(method.rank, kept.policy, kept.carry_rank, method.paper)
     costs = []
     for b, total in enumerate(tokens):
         counts = [layer[b] for layer in kept.kept]

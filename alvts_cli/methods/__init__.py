@@ -20,9 +20,11 @@ METHODS = {
     "dense": "dense:Dense",
     "alvts": "alvts:Alvts",
     "alvts-plain": "alvts:AlvtsPlain",
+    "alvts-paper": "alvts:AlvtsPaper",
     "fastv": "fastv:FastV",
     "pyramiddrop": "pyramiddrop:PyramidDrop",
     "dart": "dart:Dart",
+    "divprune": "divprune:DivPrune",
     "vtw": "vtw:Vtw",
     "random": "random:Random",
     "random-static": "random:RandomStatic",
@@ -34,6 +36,9 @@ METHODS = {
 
 FITTED = ("alvts", "alvts-plain", "random-policy", "oracle")
 """Those that are given selectors: for their scores, their policies or both."""
+
+PAPER = "alvts-paper"
+"""The one that is given selectors of the paper's form."""
 
 
 def check_method(name: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..engine import PAPER, Attachment, Selectors, attach
+from ..engine import PAPER, Attachment, PaperSelector, Selectors, attach
 from ..errors import AlvtsError
 from .base import Method
 
@@ -24,7 +24,7 @@ class Alvts(Method):
         if selectors is None:
             raise AlvtsError("the method alvts needs selectors")
         self.fitted = selectors
-        self.rank = max(layer.down.shape[0] for layer in selectors.layers if layer is not None)
+        self.rank = max(layer.rank for layer in selectors.layers if layer is not None)
 
     @contextmanager
     def attached(
@@ -33,6 +33,26 @@ class Alvts(Method):
         """As every user attaches it."""
         with attach(model, self.fitted, budget) as attachment:
             yield attachment
+
+
+class AlvtsPaper(Alvts):
+    """The paper's own: its form of selectors, fitted as it says, the same number of tokens in each
+    layer, and nothing on top."""
+
+    name = "alvts-paper"
+    paper = True
+
+    def __init__(self, selectors: Selectors | None = None, seed: int = 0) -> None:
+        """
+        Raises:
+            AlvtsError: there are no selectors of the paper's form.
+        """
+        super().__init__(selectors, seed)
+        if not all(isinstance(layer, PaperSelector) for layer in self.fitted.layers):
+            raise AlvtsError(
+                "alvts-paper needs selectors of the paper's form; make some with: "
+                "alvts calibrate --form paper"
+            )
 
 
 class AlvtsPlain(Alvts):

@@ -39,10 +39,12 @@ class Method:
         name: on the command line.
         rank: of selectors that score every layer, for counting FLOPs; 0 for the peers, whose
             scores are made of queries and keys that the layers compute anyway.
+        paper: whether those selectors are of the paper's form.
     """
 
     name: ClassVar[str]
     rank: int = 0
+    paper: bool = False
 
     def __init__(self, selectors: Selectors | None = None, seed: int = 0) -> None:
         """
