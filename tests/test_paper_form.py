@@ -198,7 +198,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
 
     ask = ("eval", "--model", small_folder(), "--samples", 4, "--keep", "0.11")
     ask = (*ask, "--methods", "dense,alvts-paper")
-    line = refused(*ask)
+    line = refused(*ask, code=2)
     assert "--paper-selectors" in line and "alvts calibrate --form paper" in line
     result = alvts(*ask, "--paper-selectors", out)
     assert result.exit_code == 0, result.output
