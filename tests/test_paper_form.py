@@ -93,7 +93,7 @@ def projections() -> Any:
     model = make_small()
     family: Any = family_of(model)
     layer = family.layers(model)[0]
-    return family.query_key(layer, family.text_model(model).config), layer
+    return family.query_key(layer), layer
 
 
 def test_at_full_rank_the_start_is_the_joint_head_of_the_layer() -> None:
