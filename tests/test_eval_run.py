@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from cli_tools import alvts, model_folder, refused, scene_file
 
 from alvts_cli.artifact import load_artifact, save_artifact
+from alvts_cli.bench.timing import Generated
 from alvts_cli.data import Source
 from alvts_cli.engine import Selection, prefill_flops
 from alvts_cli.evaluate import run as run_module
+from alvts_cli.evaluate import times
 from alvts_cli.evaluate.batches import collate
 from alvts_cli.evaluate.data import DataSet, read_data
 from alvts_cli.evaluate.figures import summarise
@@ -19,6 +22,7 @@ from alvts_cli.evaluate.run import DENSE, Outcome, Plan, Run, evaluate
 from alvts_cli.evaluate.store import Store
 from alvts_cli.evaluate.table import figures_by_name, to_json
 from alvts_cli.methods import make_method
+from alvts_cli.methods.random import Random
 from alvts_cli.models import load_model
 from alvts_cli.prompts import build_inputs
 
@@ -325,3 +329,51 @@ def test_without_selectors_it_says_what_to_do(tmp_path):
     (bare / "selectors.safetensors").unlink()
     line = refused("eval", "--model", bare, "--methods", "alvts", *SMALL)
     assert "alvts calibrate" in line and "--methods" in line
+
+
+def test_prefills_are_timed_in_turns(loaded, monkeypatch):
+    """In a round all have the same question, and what a method does to choose is timed."""
+    seen, attached = [], []
+
+    def generate(model, inputs, new_tokens):
+        out = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+        kept = attached[0].last.layer_average if attached else 256
+        seen.append((kept, inputs["input_ids"].shape[1]))
+        # As if a prefill cost what it keeps: and the machine was slow in the warm-up.
+        prefill = kept * (1 if len(seen) > 3 else 9)
+        return Generated(out, 0.0, prefill, prefill, 0.0, prefill, {}, 0)
+
+    class Watched(Random):
+        @contextmanager
+        def attached(self, model, budget, samples):
+            with super().attached(model, budget, samples) as attachment:
+                attached.append(attachment)
+                yield attachment
+                attached.clear()
+
+    monkeypatch.setattr(times, "generate", generate)
+    monkeypatch.setattr(times, "ROUNDS", 2)
+    data = read_data(Source("pocket"), 3, 0)
+    runs = {Run("random", k): (Watched(), int(k)) for k in ("64", "32")}
+    turns = []
+    plan = Plan(loaded, make_method("dense"), runs, 4)
+    found = times.time_prefills(plan, data, lambda: turns.append(len(seen)))
+    assert {label: value[0] for label, value in found.items()} == {"random@64": 4, "random@32": 8}
+    assert len(turns) == times.steps(plan) == 9
+    # Another one begins each round, and within a round all have the same question.
+    assert [kept for kept, _ in seen] == [256, 64, 32, 64, 32, 256, 32, 256, 64]
+    lengths = [length for _, length in seen]
+    assert all(len(set(lengths[i : i + 3])) == 1 for i in (0, 3, 6))
+
+
+def test_the_command_times_what_it_compares(tmp_path, monkeypatch):
+    monkeypatch.setattr(times, "ROUNDS", 2)
+    file = tmp_path / "out.json"
+    line = refused(*COMMAND, *SMALL, "--gate", "alvts@64.prefill_speedup>0", code=2)
+    assert "needs --time" in line
+    gate = ("--gate", "alvts@64.prefill_speedup>0")
+    result = alvts(*COMMAND, *SMALL, "--time", "--json", file, *gate)
+    assert result.exit_code == 0, result.output
+    assert "prefill (95 %)" in result.stdout and "gate passed" in result.stdout
+    for row in json.loads(file.read_text())["data"][0]["rows"]:
+        assert row["prefill_speedup_low"] <= row["prefill_speedup"] <= row["prefill_speedup_high"]

@@ -90,14 +90,14 @@ def test_the_answers_choose_the_scoring(answers, name):
 
 
 def test_a_gate_names_method_budget_and_figure():
-    gate = parse_gate("random-static@0.11.retention >= 97", ["random-static"], ["0.11"])
+    gate = parse_gate("random-static@0.11.retention >= 97", ["random-static"], ["0.11"], False)
     assert str(gate) == "random-static@0.11.retention>=97"
     passed, line = gate.check({"random-static@0.11.retention": 95.5})
     assert not passed
     assert "measured 95.5, off by 1.5" in line
     assert gate.check({"random-static@0.11.retention": 97.0})[0]
     assert not gate.check({"random-static@0.11.retention": math.nan})[0]
-    assert parse_gate("alvts@64.kl<0.5", ["alvts"], ["192", "64"]).metric == "alvts@64.kl"
+    assert parse_gate("alvts@64.kl<0.5", ["alvts"], ["192", "64"], False).metric == "alvts@64.kl"
 
 
 @pytest.mark.parametrize(
@@ -117,14 +117,14 @@ def test_a_gate_names_method_budget_and_figure():
 )
 def test_bad_gates(text, word):
     with pytest.raises(AlvtsError) as caught:
-        parse_gate(text, ["dense", "alvts"], ["64"])
+        parse_gate(text, ["dense", "alvts"], ["64"], False)
     assert word in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_gate_over_alvts_needs_alvts():
     with pytest.raises(AlvtsError, match="needs alvts"):
-        parse_gate("dart@64.over_alvts<0", ["dart"], ["64"])
+        parse_gate("dart@64.over_alvts<0", ["dart"], ["64"], False)
     assert "over_alvts" in FIGURES
 
 

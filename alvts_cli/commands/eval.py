@@ -23,6 +23,7 @@ from .options import (
 
 if TYPE_CHECKING:
     from ..evaluate.data import DataSet
+    from ..evaluate.figures import Summary
     from ..evaluate.run import Plan
     from ..models import Loaded
 
@@ -63,6 +64,12 @@ def evaluate(
         str | None,
         typer.Option(help=f"{', '.join(SCORINGS)}; default: what suits the right answers."),
     ] = None,
+    time: Annotated[
+        bool,
+        typer.Option(
+            "--time", help="Also time every method's prefill, in turns: on an idle machine."
+        ),
+    ] = False,
     by_kind: Annotated[
         bool, typer.Option("--by-kind", help="Also accuracy per kind of question.")
     ] = False,
@@ -91,7 +98,7 @@ def evaluate(
     """
     names = _methods(methods, paper_selectors is not None)
     budgets = _budgets(keep)
-    gates = _gates(gate, names, list(budgets))
+    gates = _gates(gate, names, list(budgets), time)
     told = read_columns(columns)
     if scoring is not None and scoring not in SCORINGS:
         raise typer.BadParameter(
@@ -130,6 +137,8 @@ def evaluate(
         summary = summarise(
             questions, results, list(plan.runs), seed, text_model.config, loaded.dtype.itemsize
         )
+        if time:
+            summary = _timed(words, plan, questions, summary)
         console.print(to_table(summary))
         if by_kind:
             console.print(kind_table(summary))
@@ -194,9 +203,11 @@ def _budgets(text: str) -> dict[str, int | float]:
     return budgets
 
 
-def _gates(texts: list[str] | None, methods: list[str], budgets: list[str]) -> list[Gate]:
+def _gates(
+    texts: list[str] | None, methods: list[str], budgets: list[str], timed: bool
+) -> list[Gate]:
     try:
-        return [parse_gate(text, methods, budgets) for text in texts or []]
+        return [parse_gate(text, methods, budgets, timed) for text in texts or []]
     except AlvtsError as error:
         raise typer.BadParameter(str(error), param_hint="--gate") from None
 
@@ -295,6 +306,17 @@ def _with_progress(words: Any, plan: "Plan", questions: "DataSet", store: Any, w
         if store.folder.exists():
             words.print("finished batches are kept; give the same command again to go on")
         raise
+
+
+def _timed(words: Any, plan: "Plan", questions: "DataSet", summary: "Summary") -> "Summary":
+    """The summary with every method's prefill timed."""
+    from rich.progress import Progress
+
+    from ..evaluate.times import steps, time_prefills, with_times
+
+    with Progress(console=words, transient=True, disable=not words.is_terminal) as progress:
+        task = progress.add_task("prefills in turns", total=steps(plan))
+        return with_times(summary, time_prefills(plan, questions, lambda: progress.advance(task)))
 
 
 def _wide(console: Any) -> Any:

@@ -28,13 +28,21 @@ FIGURES = {
     "tokens_after": "visual tokens in the last layer, mean over samples",
     "flops": "of the prefill, in percent of dense",
     "kv": "KV cache after prefill, in percent of dense",
+    "prefill_speedup": "dense prefill over this one, with --time",
+    "prefill_speedup_low": "lower end of its 95 % interval",
+    "prefill_speedup_high": "upper end",
 }
 
 _NAME = r"([\w-]+)@([\d.]+)\.([a-z]\w*)"
 
 
-def parse_gate(text: str, methods: Sequence[str], budgets: Sequence[str]) -> Gate:
+def parse_gate(text: str, methods: Sequence[str], budgets: Sequence[str], timed: bool) -> Gate:
     """Read a gate on a table of these methods and budgets; its metric is `METHOD@BUDGET.FIGURE`.
+
+    Args:
+        text: as the user wrote it.
+        methods, budgets: of the table.
+        timed: whether prefills are timed.
 
     Raises:
         AlvtsError: another form, or a name that the table will not have.
@@ -51,6 +59,8 @@ def parse_gate(text: str, methods: Sequence[str], budgets: Sequence[str]) -> Gat
         raise AlvtsError(f"the gate {text!r} is about keeping {budget}, which --keep leaves out")
     if figure not in FIGURES:
         raise AlvtsError(f"unknown figure {figure!r}; known: {', '.join(FIGURES)}")
+    if figure.startswith("prefill_speedup") and not timed:
+        raise AlvtsError(f"the gate {text!r} needs --time")
     if figure.startswith("over_alvts") and "alvts" not in methods:
         raise AlvtsError(f"the gate {text!r} needs alvts, which --methods leaves out")
     return gate

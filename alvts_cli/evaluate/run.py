@@ -139,7 +139,7 @@ def _batch(
     """All runs on one batch."""
     model = plan.loaded.model
     pictures = [item.images() for item in items]
-    prepare = _Preparing(plan.loaded, items, data.max_new_tokens)
+    prepare = Preparing(plan.loaded, items, data.max_new_tokens)
     seen = prepare(pictures)
     dense, reference = _generate(plan, plan.dense, 1.0, seen, items, data, None)
     done()
@@ -159,7 +159,7 @@ def _batch(
     return [{label: column[i] for label, column in results.items()} for i in range(len(items))]
 
 
-class _Preparing:
+class Preparing:
     """Makes a batch of inputs for the items, with whatever pictures."""
 
     def __init__(self, loaded: Loaded, items: Sequence[Item], max_new_tokens: int) -> None:

@@ -27,9 +27,11 @@ def to_table(summary: Summary) -> RenderableType:
     """Method by budget, under what the figures stand against."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("method", no_wrap=True)
+    timed = any(not math.isnan(row.figures["prefill_speedup"]) for row in summary.rows)
     columns = (
         *("keep", "tokens", "by layer", "accuracy", "retention (95 %)", "over alvts (95 %)"),
         *("agree", "KL", "FLOPs", "KV"),
+        *(("prefill (95 %)",) if timed else ()),
     )
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
@@ -51,6 +53,7 @@ def to_table(summary: Summary) -> RenderableType:
             f"{f['kl']:.3f}",
             f"{f['flops']:.1f}",
             f"{f['kv']:.1f}",
+            *((_speed(f),) if timed else ()),
         )
     head = summary.head
     title = (
@@ -65,7 +68,7 @@ def to_table(summary: Summary) -> RenderableType:
         "accuracy, agreement with the dense answer,\nFLOPs and KV cache after prefill in percent, "
         "the last two of dense; retention: accuracy in percent of dense; over alvts: in points;\n"
         "KL: of the first token's distribution to dense, in nats. The scores of the peers are not "
-        "counted as FLOPs, the selectors of alvts are."
+        "counted as FLOPs, the selectors of alvts are; prefill: times as fast as dense, all told."
     )
     return Group(title, table, note)
 
@@ -168,6 +171,11 @@ def figures_by_name(summary: Summary) -> Mapping[str, float]:
 
 def _defined(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+def _speed(figures: Mapping[str, float]) -> str:
+    value, low, high = (figures[f"prefill_speedup{end}"] for end in ("", "_low", "_high"))
+    return f"{value:.2f}x ({low:.2f} to {high:.2f})"
 
 
 def _interval(figures: Mapping[str, float], name: str, sign: str) -> str:

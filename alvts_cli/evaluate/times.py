@@ -1,0 +1,75 @@
+"""Every method's prefill, timed in turns: what its answers cost."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ..bench.statistics import ratio
+from ..bench.timing import generate
+from ..methods.base import Method
+from .data import DataSet, Item
+from .figures import Summary
+from .run import DENSE, Plan, Preparing
+
+ROUNDS = 10
+"""Of turns, after one to warm up."""
+
+
+def steps(plan: Plan) -> int:
+    """How often `time_prefills` calls `advance`."""
+    return (ROUNDS + 1) * (len(plan.runs) + 1)
+
+
+def time_prefills(
+    plan: Plan, data: DataSet, advance: Callable[[], None]
+) -> dict[str, tuple[float, float, float]]:
+    """How many times faster than dense the language model's prefill is, batch of one.
+
+    In every round dense and all runs take their turn on the same question, another one each round,
+    and in another order, so that nobody always comes first. What a method does to choose is in its
+    time: on a small model, on this machine, it may be most of it.
+
+    Args:
+        plan: of the runs.
+        data: the questions; the first ones are used.
+        advance: called after every turn.
+
+    Returns:
+        By the label of the run: the ratio of the medians and its 95 % bootstrap interval.
+    """
+    by_label = {run.label: made for run, made in plan.runs.items()}
+    times: dict[str, list[float]] = {label: [] for label in (DENSE, *by_label)}
+    labels = list(times)
+    for number in range(ROUNDS + 1):
+        item = data.items[number % len(data.items)]
+        shift = number % len(labels)
+        for label in labels[shift:] + labels[:shift]:
+            taken = _prefill(plan, data, item, by_label.get(label))
+            if number:
+                times[label].append(taken)
+            advance()
+    return {label: ratio(times[DENSE], own) for label, own in times.items() if label != DENSE}
+
+
+def _prefill(
+    plan: Plan, data: DataSet, item: Item, run: tuple[Method, int | float] | None
+) -> float:
+    """Milliseconds of one prefill; dense without a run."""
+    loaded = plan.loaded
+    prepare = Preparing(loaded, [item], data.max_new_tokens)
+    pictures = item.images()
+    if run is None:
+        return generate(loaded.model, prepare([pictures]), 1).prefill_ms
+    method, budget = run
+    own = method.images(loaded.model, loaded.processor, pictures, budget)
+    with method.attached(loaded.model, budget, [item.id]):
+        return generate(loaded.model, prepare([own]), 1).prefill_ms
+
+
+def with_times(summary: Summary, times: dict[str, tuple[float, float, float]]) -> Summary:
+    """`summary` with `prefill_speedup` and its interval in the figures of every row."""
+    rows = []
+    for row in summary.rows:
+        names = ("prefill_speedup", "prefill_speedup_low", "prefill_speedup_high")
+        found = dict(zip(names, times[row.run.label], strict=True))
+        rows.append(replace(row, figures={**row.figures, **found}))
+    return replace(summary, rows=tuple(rows))
