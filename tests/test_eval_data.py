@@ -37,6 +37,14 @@ def test_pocket_asks_every_kind_as_often():
     assert data.items[0].images()[0].size == (192, 192)
 
 
+def test_scenes_to_be_described():
+    data = read_data(Source("pocket-described"), 5, 0)
+    assert (len(data.items), data.scoring, data.max_new_tokens) == (5, "phrases", 64)
+    assert {item.question for item in data.items} == {"describe the picture."}
+    (answer,) = data.items[0].answers
+    assert answer.count(",") >= 1 and all(part.startswith("a ") for part in answer.split(", "))
+
+
 def test_easy_vqa():
     pytest.importorskip("easy_vqa")
     data = read_data(Source("easy-vqa"), 40, 0)

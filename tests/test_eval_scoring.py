@@ -8,7 +8,7 @@ import pytest
 from alvts_cli import AlvtsError
 from alvts_cli.evaluate.bootstrap import Bootstrap
 from alvts_cli.evaluate.gates import FIGURES, parse_gate
-from alvts_cli.evaluate.scoring import choice, exact, normalise, suitable, yes_no
+from alvts_cli.evaluate.scoring import choice, exact, normalise, phrases, suitable, yes_no
 
 
 @pytest.mark.parametrize(
@@ -163,3 +163,23 @@ def test_a_ratio_to_nothing_is_not_defined():
     assert math.isnan(interval.value) and math.isnan(interval.low)
     one = Bootstrap(1, 0).mean(np.ones(1))
     assert (one.low, one.value, one.high) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("said", "share"),
+    [
+        ("a red cross, a blue ring with a 3", 1),
+        ("the blue ring with a three, red cross", 1),
+        # One of two found, and one of one right.
+        ("a red cross", 2 / 3),
+        ("a red cross, a red cross", 1 / 2),
+        ("a red cross, a green ring with a 3, a blue ring", 2 / 5),
+        ("", 0),
+    ],
+)
+def test_phrases_count_what_is_found_and_what_is_made_up(said, share):
+    assert phrases(said, ["a red cross, a blue ring with a 3"]) == pytest.approx(share)
+
+
+def test_of_several_lists_the_best_counts():
+    assert phrases("a dog", ["a cat", "a dog"]) == 1

@@ -40,7 +40,8 @@ def evaluate(
     data: Annotated[
         list[str],
         typer.Option(
-            help="'pocket' (held-out scenes), 'easy-vqa'; a .json, .jsonl, .csv or .parquet file; "
+            help="'pocket' (held-out scenes), 'pocket-described' (the same, for models that "
+            "can describe them), 'easy-vqa'; a .json, .jsonl, .csv or .parquet file; "
             "a folder of images with prompts.jsonl or metadata.csv; a data set of the hub: ID, "
             "ID:SPLIT or ID:CONFIG:SPLIT; repeatable."
         ),

@@ -1,6 +1,7 @@
-"""Questions about pictures with right answers: what `alvts_cli.data` reads, and two test sets.
+"""Questions about pictures with right answers: what `alvts_cli.data` reads, and three test sets.
 
 - `pocket` is rendered scenes of the test split, the same number of each kind of question;
+- `pocket-described` asks for all that is in a scene (smol learnt that, pocket did not);
 - `easy-vqa` is the public set's test split (the package `easy-vqa`).
 """
 
@@ -16,11 +17,11 @@ from ..data import read_data as read_source
 from ..errors import AlvtsError
 from .scoring import suitable
 
-SHORT, LONG = 4, 16
-"""Tokens of the longest answer: of the closed sets of one to three words, and of all others."""
+LONG = 16
+"""Tokens of the longest answer of a set that is read."""
 
-OWN = ("pocket", "easy-vqa")
-"""The test sets that are not read but made here."""
+OWN = {"pocket": 4, "pocket-described": 64, "easy-vqa": 4}
+"""The test sets that are not read but made here, and the tokens of their longest answers."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class DataSet:
 def read_data(source: Source, samples: int, seed: int, scoring: str | None = None) -> DataSet:
     """`samples` good questions, or all if there are fewer.
 
-    Those of files and of the hub are drawn at random by `seed`; those of `pocket` and `easy-vqa`
-    are the same for every seed. Every picture is decoded once here, so that no broken one is left,
+    Those of files and of the hub are drawn at random by `seed`; those of `OWN` are the same for
+    every seed. Every picture is decoded once here, so that no broken one is left,
     and again when it is its turn.
 
     Raises:
@@ -79,9 +80,9 @@ def read_data(source: Source, samples: int, seed: int, scoring: str | None = Non
     if not items:
         why = f"; {len(skipped)} were skipped, such as {skipped[0]}" if skipped else ""
         raise AlvtsError(f"there is no question in {data}{why}")
-    chosen = scoring or suitable(item.answers for item in items)
-    longest = SHORT if data in OWN else LONG
-    return DataSet(name, tuple(items), chosen, longest, tuple(skipped))
+    own = "phrases" if data == "pocket-described" else suitable(item.answers for item in items)
+    longest = OWN.get(data, LONG)
+    return DataSet(name, tuple(items), scoring or own, longest, tuple(skipped))
 
 
 def _images(read: Callable[[], Sample]) -> list[Image.Image]:
@@ -90,7 +91,7 @@ def _images(read: Callable[[], Sample]) -> list[Image.Image]:
 
 def _made(data: str, samples: int) -> list[Item]:
     """The questions of one of `OWN`."""
-    from ..pocket.evaluate import easy_items, scene_items
+    from ..pocket.evaluate import described_items, easy_items, scene_items
     from ..pocket.questions import KINDS
     from ..pocket.scenes import COLORS
 
@@ -99,8 +100,11 @@ def _made(data: str, samples: int) -> list[Item]:
             return "yes/no"
         return "color" if answer in COLORS else "shape"
 
-    scenes = data == "pocket"
-    found = scene_items("test", max(1, samples // len(KINDS))) if scenes else easy_items(samples)
+    scenes = data != "easy-vqa"
+    if data == "pocket":
+        found = scene_items("test", max(1, samples // len(KINDS)))
+    else:
+        found = described_items("test", samples) if scenes else easy_items(samples)
     return [
         Item(
             f"{'scene' if scenes else 'easy'} {i}",

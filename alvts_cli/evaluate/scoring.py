@@ -1,6 +1,7 @@
-"""Whether an answer is right. No torch here."""
+"""How right an answer is. No torch here."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 
 _NUMBERS = {
@@ -48,11 +49,29 @@ def choice(said: str, answers: Iterable[str]) -> bool:
     return found is not None and found in {_letter(answer) for answer in answers}
 
 
-SCORINGS: dict[str, Callable[[str, Iterable[str]], bool]] = {
+def phrases(said: str, answers: Iterable[str]) -> float:
+    """How much of a list is said, and no more: F1 of the phrases between commas, a phrase that
+    stands twice counted twice; the best over the answers."""
+
+    def listed(text: str) -> Counter[str]:
+        return Counter(normalise(part) for part in text.split(",") if part.strip())
+
+    found = listed(said)
+    shares = []
+    for answer in answers:
+        wanted = listed(answer)
+        both = (found & wanted).total()
+        shares.append(2 * both / max(1, found.total() + wanted.total()))
+    return max(shares, default=0.0)
+
+
+SCORINGS: dict[str, Callable[[str, Iterable[str]], float]] = {
     "exact": exact,
     "yes-no": yes_no,
     "choice": choice,
+    "phrases": phrases,
 }
+"""How right an answer is, from 0 to 1, by name."""
 
 
 def suitable(answers: Iterable[Iterable[str]]) -> str:

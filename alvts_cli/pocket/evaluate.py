@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from .easy import load_easy
-from .questions import KINDS, ask_kind
+from .questions import KINDS, ask_kind, describe
 from .scenes import CANVAS, make_scene, render, seed_of
 from .words import make_prompt
 
@@ -41,6 +41,14 @@ def scene_items(split: str, per_kind: int) -> Iterator[Item]:
             if asked is not None:
                 found += 1
                 yield Item(kind, render(scene), asked.text, asked.answer)
+
+
+def described_items(split: str, count: int) -> Iterator[Item]:
+    """`count` scenes, each to be described."""
+    for index in range(count):
+        scene = make_scene(seed_of(split, index))
+        asked = describe(scene)
+        yield Item(asked.kind, render(scene), asked.text, asked.answer)
 
 
 def easy_items(count: int | None = None) -> Iterator[Item]:
