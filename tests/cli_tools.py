@@ -44,14 +44,19 @@ def refused(*args: object, code: int = 1) -> str:
 
 
 @cache
-def model_folder(seed: int = 0) -> Path:
-    """An untrained pocket in float32 with its processor and `selectors.safetensors`.
+def model_folder(seed: int = 0, depth: int | None = None) -> Path:
+    """An untrained pocket in float32 with its processor and `selectors.safetensors`, cut to so many
+    layers.
 
     Every branch of the untrained model ends in zeros, which would make all methods answer alike:
     here they are filled.
     """
-    folder = Path(_FOLDER.name) / f"model{seed}"
+    folder = Path(_FOLDER.name) / f"model{seed}-{depth}"
     model = make_model(seed).eval()
+    if depth is not None:
+        text: Any = model.model.language_model
+        text.layers = text.layers[:depth]
+        model.config.text_config.num_hidden_layers = depth
     with torch.no_grad():
         for layer in model.model.language_model.layers:
             for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):

@@ -32,7 +32,8 @@ def counter(monkeypatch):
 
 
 def bench(*more):
-    return ("bench", "--model", model_folder(), "--keep", 0.25, "--runs", 2, *more)
+    # Tracing takes its time by the layer.
+    return ("bench", "--model", model_folder(depth=2), "--keep", 0.25, "--runs", 2, *more)
 
 
 def test_every_graph_once_and_the_same_counts(counter, tmp_path):
@@ -72,7 +73,7 @@ def test_frozen_weights_are_told(counter, tmp_path):
 
 
 def test_the_twin_has_the_weights_but_nothing_of_the_hooks(counter):
-    model = load_model(str(model_folder())).model
+    model = load_model(str(model_folder(depth=2))).model
     inputs = synthetic_inputs(model, batch=1, visual_tokens=None, text_tokens=8)
     expected = generate(model, inputs, 3, ignore_end=True).tokens
     with compiled(model) as twin:
