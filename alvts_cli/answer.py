@@ -13,9 +13,11 @@ from transformers import TextStreamer
 from .artifact import Artifact, load_artifact
 from .bench.timing import generate
 from .engine import Watch, attach
+from .errors import AlvtsError
 from .families import family_of
 from .models import Loaded, find_selectors
 from .prompts import build_inputs
+from .terminal import say
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,14 @@ class Answer:
     kv_bytes: int
 
 
+class _Streamer(TextStreamer):
+    """Prints words as they come, as `say` does."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print what is sure."""
+        say(text, end="\n" if stream_end else "")
+
+
 def prepare(
     loaded: Loaded, pictures: Sequence[Image.Image], prompt: str, max_new_tokens: int
 ) -> dict[str, Tensor]:
@@ -57,7 +67,13 @@ def prepare(
     Raises:
         AlvtsError: what `build_inputs` refuses; prompt and answer must fit the model together.
     """
-    longest = loaded.model.config.text_config.max_position_embeddings - max_new_tokens
+    most = loaded.model.config.text_config.max_position_embeddings
+    longest = most - max_new_tokens
+    if longest < 1:
+        raise AlvtsError(
+            f"an answer of up to {max_new_tokens} tokens leaves no room for a prompt: the model "
+            f"takes {most}; lower --max-new-tokens"
+        )
     inputs = build_inputs(loaded.processor, pictures, prompt, longest)
     return dict(inputs.to(loaded.model.device, loaded.model.dtype))
 
@@ -97,7 +113,7 @@ def answer(
         AlvtsError: a `keep` that does not fit the model.
     """
     model, tokenizer = loaded.model, loaded.processor.tokenizer
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
+    streamer = _Streamer(tokenizer, skip_special_tokens=True) if stream else None
     selecting: Any = nullcontext() if selectors is None else attach(model, selectors, keep)
     with selecting as attachment:
         if attachment is not None:

@@ -15,13 +15,12 @@ the same calibration must give the same bytes). Nothing is ever unpickled.
 import json
 import os
 import warnings
-from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from pydantic import ConfigDict, Field, TypeAdapter, model_validator
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -34,6 +33,8 @@ from .engine.scoring import LayerSelector
 from .engine.sizes import PLACES
 from .errors import AlvtsError
 from .families import family_of
+from .files import open_regular, write_whole
+from .schema import Count, Finite, Record, Whole, check, parse_json
 
 FORMAT = 4
 """Raised when an older alvts would misread the file. A new key it may ignore is no reason.
@@ -43,6 +44,9 @@ policies: each layer chooses the most important tokens. All are read as what the
 
 FORMS = {"alvts": LayerSelector, "paper": PaperSelector}
 """Forms of selectors by their names in the file."""
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What tensors may be in."""
 
 _VALUES = 16
 """Values of each weight in the fingerprint."""
@@ -96,10 +100,10 @@ class CalibrationRecord:
     """
 
     data: str
-    fitted: int
-    held_out: int
+    fitted: Count
+    held_out: Count
     sample_ids: str
-    settings: dict[str, Any]
+    settings: dict[str, bool | Whole | Finite | str | None]
     versions: dict[str, str]
     layers: tuple[LayerFit, ...]
     trials: tuple["Trial", ...] = ()
@@ -250,45 +254,46 @@ def save_artifact(artifact: Artifact, path: Path) -> None:
     write_whole(path, save(tensors, metadata={"alvts": text}))
 
 
-def load_artifact(path: Path) -> Artifact:
+def load_artifact(path: str | os.PathLike[str]) -> Artifact:
     """Read and check a file. Its tensors are copies: the file is neither mapped nor locked.
 
     Raises:
         AlvtsError: no such file, not safetensors, cut short, not ours, another format, missing or
             misshapen tensors, values that are not finite.
     """
+    path = Path(path)
     data = _read(path)
     metadata = _metadata(data, path)
     try:
         tensors = load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
+    # Whatever safetensors and torch raise for a header that contradicts itself.
+    except Exception as error:
         raise AlvtsError(f"{path} is damaged: {_first_line(error)}") from error
     layers = tuple(
-        _unpack_checked(tensors, i, eps, metadata, path)
-        for i, eps in enumerate(metadata["norm_eps"])
+        _unpack_checked(tensors, i, eps, metadata, path) for i, eps in enumerate(metadata.norm_eps)
     )
     carries = _carries(tensors, metadata, path)
     values = tensors.pop("fingerprint", None)
-    if values is None or values.shape != (len(layers), 2, _VALUES):
+    if values is None or values.shape != (len(layers), 2, _VALUES) or values.dtype not in _FLOATS:
         raise AlvtsError(f"{path} is incomplete: its fingerprint is missing or misshapen")
     _check_finite({"fingerprint": values}, path)
-    unknown = sorted((metadata.keys() - _KEYS) | tensors.keys())
+    unknown = sorted((*metadata.unknown, *tensors))
     if unknown:
         warnings.warn(
             f"{path} holds things this alvts does not know: {', '.join(unknown)}", stacklevel=2
         )
     return Artifact(
         layers=layers,
-        default_keep=metadata["default_keep"],
-        schedules=tuple(map(tuple, metadata["schedules"])),
-        model_id=metadata["model"],
-        revision=metadata["revision"],
-        family=metadata["family"],
+        default_keep=metadata.default_keep,
+        schedules=tuple(tuple(map(float, ratios)) for ratios in metadata.schedules),
+        model_id=metadata.model,
+        revision=metadata.revision,
+        family=metadata.family,
         fingerprint=values.float(),
-        calibration=_record(metadata["calibration"], path),
+        calibration=metadata.calibration,
         carries=carries,
-        picked=metadata["picked"],
-        visual_tokens=metadata["visual_tokens"],
+        picked=metadata.picked,
+        visual_tokens=metadata.visual_tokens,
     )
 
 
@@ -330,81 +335,35 @@ def unpack_layer(prefix: str, tensors: dict[str, Tensor], eps: float, form: str)
     )
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file, or leave what was there (nothing, or the old file) as it was.
-
-    Raises:
-        AlvtsError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise AlvtsError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def check_writable(path: Path) -> None:
-    """Find out before a long run whether `write_whole(path, ...)` will do.
-
-    Raises:
-        AlvtsError: it will not.
-    """
-    if path.is_dir():
-        raise AlvtsError(f"cannot write {path}: it is a folder; name a file")
-    probe = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        probe.touch()
-    except OSError as error:
-        raise AlvtsError(f"cannot write {path}: {error.strerror or error}") from error
-    probe.unlink()
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise AlvtsError(f"there is no selector file {path}") from None
-    except OSError as error:
-        raise AlvtsError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _metadata(data: bytes, path: Path) -> dict[str, Any]:
+def _metadata(data: bytes, path: Path) -> "_Metadata":
     """The checked metadata of a safetensors file: length (8 bytes), JSON header, tensors."""
     length = int.from_bytes(data[:8], "little")
     body = data[8:]
-    if len(data) < 9 or body[:1] != b"{" or length > 100_000_000:
-        raise AlvtsError(f"{path} is not a safetensors file")
-    cut = AlvtsError(f"{path} is cut short; copy or make it again")
     if len(body) < length:
-        raise cut
+        raise AlvtsError(f"{path} is cut short; copy or make it again")
     try:
-        header = json.loads(body[:length])
-        meta = header.pop("__metadata__", {})
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        text = meta.get("alvts")
-    except (ValueError, TypeError, KeyError, AttributeError, IndexError):
-        raise AlvtsError(f"{path} is not a safetensors file") from None
-    if len(body) - length < end:
-        raise cut
-    if text is None:
+        header = parse_json(body[:length])
+        if not isinstance(header, dict):
+            raise ValueError("its header is not an object")
+    except ValueError as error:
+        raise AlvtsError(f"{path} is not a safetensors file: {error}") from None
+    texts = check(_TEXTS, header.pop("__metadata__", {}), f"the header of {path}")
+    entries = check(_ENTRIES, header, f"the header of {path}")
+    if len(body) - length < max((entry.data_offsets[1] for entry in entries.values()), default=0):
+        raise AlvtsError(f"{path} is cut short; copy or make it again")
+    if "alvts" not in texts:
         raise AlvtsError(f"{path} is a safetensors file but does not hold alvts selectors")
+    about = f"the metadata of {path}"
     try:
-        metadata = json.loads(text)
-        version = metadata["format"]
-    except (ValueError, TypeError, KeyError):
-        raise AlvtsError(f"the metadata of {path} cannot be read") from None
-    if not isinstance(version, int) or version > FORMAT:
+        metadata = parse_json(texts["alvts"])
+    except ValueError as error:
+        raise AlvtsError(f"{about} is not JSON: {error}") from None
+    version = check(_Version, metadata, about).format
+    if version > FORMAT:
         raise AlvtsError(
             f"{path} has format {version}, this alvts reads up to {FORMAT}; upgrade alvts"
         )
-    return _check_metadata(_as_newest(metadata, version, path), path)
+    return check(_Metadata, _as_newest(metadata, version, path), about)
 
 
 def _as_newest(metadata: dict[str, Any], version: int, path: Path) -> dict[str, Any]:
@@ -423,102 +382,90 @@ def _as_newest(metadata: dict[str, Any], version: int, path: Path) -> dict[str, 
     return {"form": "paper" if version < 3 else "alvts", **metadata}
 
 
-_KEYS: dict[str, tuple[type, ...]] = {
-    "format": (int,),
-    "form": (str,),
-    "model": (str,),
-    "revision": (str, type(None)),
-    "family": (str,),
-    "num_layers": (int,),
-    "hidden_size": (int,),
-    "rank": (int,),
-    "default_keep": (float, int),
-    "schedules": (list,),
-    "norm_eps": (list,),
-    "carry_rank": (int,),
-    "picked": (list,),
-    "visual_tokens": (int,),
-    "calibration": (dict,),
-}
+class _Entry(Record):
+    """What the header says of a tensor."""
+
+    dtype: str
+    shape: tuple[Count, ...]
+    data_offsets: tuple[Count, Count]
 
 
-def _check_metadata(metadata: dict[str, Any], path: Path) -> dict[str, Any]:
-    for key, types in _KEYS.items():
-        if not isinstance(metadata.get(key), types) or key not in metadata:
-            raise AlvtsError(f"the metadata of {path} has no valid {key!r}")
-    if metadata["form"] not in FORMS:
-        raise AlvtsError(f"the metadata of {path} has no valid 'form'")
-    layers = metadata["num_layers"]
-    eps = metadata["norm_eps"]
-    if layers < 1 or len(eps) != layers or not all(isinstance(e, float) for e in eps):
-        raise AlvtsError(f"the metadata of {path} has no valid 'norm_eps'")
-    try:
-        resolve_keep(metadata["default_keep"], layers)
+_TEXTS: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str])
+_ENTRIES = TypeAdapter(dict[str, _Entry])
+
+
+class _Version(Record):
+    """The one part of the metadata that every format has."""
+
+    format: Annotated[int, Field(ge=1, le=2**53)]
+
+
+class _Metadata(Record):
+    """The metadata of a file of the newest format."""
+
+    # What a newer alvts added is not refused, but told.
+    model_config = ConfigDict(extra="allow")
+
+    format: Annotated[int, Field(ge=1, le=2**53)]
+    form: Literal["alvts", "paper"]
+    model: str
+    revision: str | None
+    family: str
+    num_layers: Annotated[int, Field(ge=1, le=10_000)]
+    hidden_size: Count
+    rank: Count
+    default_keep: float | int
+    schedules: tuple[tuple[float | int, ...], ...]
+    # RMSNorm's: far above any model's, and it would be the norm.
+    norm_eps: tuple[Annotated[float, Field(gt=0, le=0.01)], ...]
+    carry_rank: Count
+    picked: tuple[Picked, ...]
+    visual_tokens: Count
+    calibration: CalibrationRecord
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Names that this alvts does not know."""
+        return tuple(self.model_extra or ())
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "_Metadata":
+        """
+        Raises:
+            AlvtsError: parts that do not go with each other.
+        """
+        layers = self.num_layers
+        if len(self.norm_eps) != layers:
+            raise AlvtsError(f"'norm_eps' has {len(self.norm_eps)} values for {layers} layers")
+        resolve_keep(self.default_keep, layers)
         means = [0.0]
-        for schedule in metadata["schedules"]:
-            if not isinstance(schedule, list):
-                raise AlvtsError("a schedule is not a list")
+        for schedule in self.schedules:
             ratios = resolve_keep(schedule, layers).values
             means.append(sum(ratios) / layers)
             if not all(isinstance(ratio, float) for ratio in ratios) or means[-1] <= means[-2]:
-                raise AlvtsError("schedules must be ratios per layer, sorted by their mean")
-        metadata["picked"] = _picked(metadata["picked"])
-    except AlvtsError as error:
-        raise AlvtsError(f"the metadata of {path} is invalid: {error}") from None
-    if any(one.policy.carry for one in metadata["picked"]) and metadata["carry_rank"] < 1:
-        raise AlvtsError(f"the metadata of {path} is invalid: a policy carries, but nothing can")
-    return metadata
+                raise AlvtsError("'schedules' must be ratios per layer, sorted by their mean")
+        if not all(0 < one.keep <= 1 for one in self.picked):
+            raise AlvtsError("'picked' must be of keep ratios above 0 and up to 1")
+        if any(one.policy.carry for one in self.picked) and self.carry_rank < 1:
+            raise AlvtsError("a policy carries, but nothing can")
+        return self
 
 
-def _picked(entries: list[Any]) -> tuple[Picked, ...]:
-    """
-    Raises:
-        AlvtsError: an entry that is not a ratio and a policy.
-    """
-    found = []
-    for entry in entries:
-        try:
-            picked = Picked(float(entry["keep"]), read_policy(entry["policy"]))
-            ok = 0 < picked.keep <= 1
-        except (KeyError, TypeError, ValueError, OverflowError):
-            ok = False
-        if not ok:
-            raise AlvtsError("a picked policy is not a ratio and a policy")
-        found.append(picked)
-    return tuple(found)
-
-
-def read_policy(entry: dict[str, Any]) -> Policy:
-    """A policy out of JSON.
-
-    Raises:
-        KeyError, TypeError, ValueError: it is none.
-        AlvtsError: a number out of range.
-    """
-    quality = entry["quality"]
-    flags = entry["mass"], entry["carry"]
-    if not all(isinstance(flag, bool) for flag in flags) or isinstance(entry["every"], bool):
-        raise TypeError("flags are true or false, and every is a number")
-    if not isinstance(entry["every"], int):
-        raise TypeError("every is a whole number")
-    return Policy(entry["every"], None if quality is None else float(quality), *flags)
-
-
-def _carries(tensors: dict[str, Tensor], metadata: dict[str, Any], path: Path) -> tuple[Carry, ...]:
+def _carries(tensors: dict[str, Tensor], metadata: _Metadata, path: Path) -> tuple[Carry, ...]:
     """The carried updates, taken out of `tensors`; none where their rank is 0.
 
     Raises:
         AlvtsError: one is missing, misshapen or not finite.
     """
-    rank, width = metadata["carry_rank"], metadata["hidden_size"]
+    rank, width = metadata.carry_rank, metadata.hidden_size
     found = []
-    for i, eps in enumerate(metadata["norm_eps"] if rank else ()):
+    for i, eps in enumerate(metadata.norm_eps if rank else ()):
         pair = {}
         for name, shape in (("down", (rank, width)), ("up", (width, rank))):
             tensor = tensors.pop(f"carry.{i}.{name}", None)
             if tensor is None:
                 raise AlvtsError(f"{path} is incomplete: it lacks the tensor 'carry.{i}.{name}'")
-            if tensor.shape != shape or not tensor.is_floating_point():
+            if tensor.shape != shape or tensor.dtype not in _FLOATS:
                 raise AlvtsError(
                     f"{path} is damaged: carry.{i}.{name} is {tensor.dtype} "
                     f"{list(tensor.shape)}, not floats {list(shape)}"
@@ -530,14 +477,14 @@ def _carries(tensors: dict[str, Tensor], metadata: dict[str, Any], path: Path) -
 
 
 def _unpack_checked(
-    tensors: dict[str, Tensor], i: int, eps: float, metadata: dict[str, Any], path: Path
+    tensors: dict[str, Tensor], i: int, eps: float, metadata: _Metadata, path: Path
 ) -> Selector:
     prefix = f"layers.{i}."
     try:
-        selector = unpack_layer(prefix, tensors, eps, metadata["form"])
+        selector = unpack_layer(prefix, tensors, eps, metadata.form)
     except KeyError as error:
         raise AlvtsError(f"{path} is incomplete: it lacks the tensor {error}") from None
-    rank, width = metadata["rank"], metadata["hidden_size"]
+    rank, width = metadata.rank, metadata.hidden_size
     shapes: dict[str, tuple[int, ...]]
     if isinstance(selector, PaperSelector):
         shapes = {"query": (rank, width), "key": (rank, width), "query_bias": (rank,)}
@@ -558,7 +505,7 @@ def _unpack_checked(
     named = pack_layer(prefix, selector)
     for name, tensor in named.items():
         expected = shapes[name.removeprefix(prefix)]
-        if tensor.shape != expected or not tensor.is_floating_point():
+        if tensor.shape != expected or tensor.dtype not in _FLOATS:
             raise AlvtsError(
                 f"{path} is damaged: {name} is {tensor.dtype} {list(tensor.shape)}, "
                 f"not floats {list(expected)}"
@@ -567,28 +514,22 @@ def _unpack_checked(
     return selector
 
 
+def _read(path: Path) -> bytes:
+    """All of the file, but of another kind only as much as shows that."""
+    with open_regular(path, "selector file") as file:
+        try:
+            start = file.read(9)
+            if len(start) < 9 or start[8:] != b"{" or start[6:8] != b"\0\0":
+                raise AlvtsError(f"{path} is not a safetensors file")
+            return start + file.read()
+        except OSError as error:
+            raise AlvtsError(f"cannot read {path}: {error.strerror or error}") from error
+
+
 def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise AlvtsError(f"{path}: the tensor {name} holds values that are not finite")
-
-
-def _record(record: dict[str, Any], path: Path) -> CalibrationRecord:
-    """The record; what a newer alvts added to it is left out."""
-    try:
-        # Files of format 3 have no trials.
-        known = {f.name: record[f.name] for f in fields(CalibrationRecord) if f.name != "trials"}
-        trials = tuple(
-            Trial(float(t["keep"]), read_policy(t["policy"]), float(t["loss"]), float(t["same"]))
-            for t in record.get("trials", ())
-        )
-        fits = [
-            LayerFit(**{f.name: float(fit[f.name]) for f in fields(LayerFit)})
-            for fit in known.pop("layers")
-        ]
-        return CalibrationRecord(**known, layers=tuple(fits), trials=trials)
-    except (KeyError, TypeError, ValueError):
-        raise AlvtsError(f"the metadata of {path} has no valid 'calibration'") from None
 
 
 def _first_line(error: Exception) -> str:

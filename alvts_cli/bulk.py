@@ -24,12 +24,13 @@ from typing import Any
 import torch
 
 from .answer import prepare
-from .artifact import Artifact, write_whole
+from .artifact import Artifact
 from .data import Candidate, Reader
 from .engine import attach
 from .errors import AlvtsError
 from .evaluate.batches import collate, end_token, ended
 from .families import family_of
+from .files import write_whole
 from .models import Loaded
 
 FORMATS = (".jsonl", ".parquet")
@@ -122,7 +123,7 @@ class Journal:
             facts, before, *rest = (json.loads(x) for x in (now, *(whole or now).splitlines()))
             differing = [key for key in facts if before.get(key) != facts[key]]
             lines = {line["index"]: line for line in rest}
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise AlvtsError(f"{self.path} is damaged; delete it to start anew") from None
         if differing:
             raise AlvtsError(

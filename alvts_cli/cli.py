@@ -5,8 +5,12 @@ line that makes no sense, 130 for Ctrl-C. torch is imported inside the commands,
 `alvts --help` answers at once.
 """
 
+import io
 import os
+import re
 import sys
+import warnings
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -26,6 +30,7 @@ from .commands.show import EPILOG as SHOW_EPILOG
 from .commands.show import show
 from .commands.smol import smol
 from .errors import AlvtsError
+from .terminal import one_line, say
 
 
 class _Commands(TyperGroup):
@@ -34,6 +39,7 @@ class _Commands(TyperGroup):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command line, then exit the process with its code."""
         try:
+            _prepare_streams()
             code = super().main(*args, **{**kwargs, "standalone_mode": False})
             # Here, where a full disk can still be reported.
             sys.stdout.flush()
@@ -53,6 +59,28 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:
             _end("interrupted", 130)
+
+
+def _prepare_streams() -> None:
+    """Make what is printed arrive, whatever the terminal, the locale and the shell are.
+
+    Raises:
+        AlvtsError: standard output is closed.
+    """
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115 - open for the rest of the process
+    if sys.stdout is None:
+        raise AlvtsError("standard output is closed; send it to a file or to /dev/null")
+    # A character that the locale does not have is written as an escape.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    # Nothing would be seen in no columns.
+    if not re.fullmatch(r"0*[1-9][0-9]{0,4}", os.environ.get("COLUMNS", "80")):
+        del os.environ["COLUMNS"]
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    say(f"warning: {one_line(str(message))}", error=True)
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -78,7 +106,7 @@ def _explain(error: Exception) -> tuple[str, int]:
 
 
 def _end(message: str, code: int) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    say(f"error: {one_line(message)}", error=True)
     sys.exit(code)
 
 
@@ -129,4 +157,5 @@ app.add_typer(smol, name="smol")
 
 def main() -> None:
     """Entry point of the `alvts` script."""
+    warnings.showwarning = _show_warning
     app(prog_name="alvts")

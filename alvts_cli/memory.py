@@ -11,27 +11,39 @@ from .errors import AlvtsError
 _GIB = 1024**3
 
 
-def count_parameters(config: Any) -> int:
+def count_parameters(config: Any, trust_remote_code: bool = False) -> int:
     """Weights of the model of `config`, tied ones once. Nothing is allocated."""
     from transformers import AutoModelForImageTextToText
 
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config)
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
     return sum(weight.numel() for weight in model.parameters())
 
 
-def memory_need(config: Any, dtype: torch.dtype, tokens: int = 1024, batch: int = 1) -> int:
+def memory_need(
+    config: Any,
+    dtype: torch.dtype,
+    tokens: int = 1024,
+    batch: int = 1,
+    trust_remote_code: bool = False,
+) -> int:
     """Bytes to hold the model and to prefill `batch` prompts of `tokens` tokens, roughly.
 
     Weights, the whole KV cache, and the widest moment of a layer: hidden states a few times over
     and the three tensors of the MLP, with a tenth on top for the vision tower and fragmentation.
     """
+    size = torch.finfo(dtype).bits // 8
+    weights = count_parameters(config, trust_remote_code) * size
+    return int(1.1 * weights) + prefill_need(config, dtype, tokens, batch)
+
+
+def prefill_need(config: Any, dtype: torch.dtype, tokens: int, batch: int) -> int:
+    """What `memory_need` counts beside the weights."""
     text = config.text_config
     size = torch.finfo(dtype).bits // 8
-    weights = count_parameters(config) * size
     cache = kv_bytes_expected(text, [tokens] * text.num_hidden_layers, size, batch)
     widest = batch * tokens * (8 * text.hidden_size + 3 * text.intermediate_size) * size
-    return int(1.1 * (weights + cache + widest))
+    return int(1.1 * (cache + widest))
 
 
 def memory_free(device: torch.device) -> int | None:

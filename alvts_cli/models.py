@@ -5,6 +5,7 @@ torch and transformers are imported where they are used, so that listing the nam
 
 import json
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,12 @@ class Loaded:
         return self.model.dtype
 
 
-def load_model(name: str, device: str = "auto", dtype: str | None = None) -> Loaded:
+def load_model(
+    name: str,
+    device: str = "auto",
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
     """Load a model and its processor.
 
     Args:
@@ -80,6 +86,7 @@ def load_model(name: str, device: str = "auto", dtype: str | None = None) -> Loa
         device: "auto" (CUDA if there is one, else the CPU), or what torch knows it by.
         dtype: one of `DTYPES`. None: float32 for a small model; else the checkpoint's own on a
             GPU, and on a CPU bfloat16 where the CPU computes in it, float32 where not.
+        trust_remote_code: run code that the model brings with it; without, none is ever run.
 
     Raises:
         AlvtsError: no such model, an unknown architecture, no network and nothing cached, a
@@ -99,15 +106,20 @@ def load_model(name: str, device: str = "auto", dtype: str | None = None) -> Loa
     from .families import family_of
     from .memory import count_parameters, memory_need, require_memory
 
-    more: dict[str, Any] = {"local_files_only": True} if local or cached else {}
+    if trust := trust_remote_code:
+        warnings.warn(f"code that {name} brings with it will be run", stacklevel=2)
+    # Left out, transformers would ask on standard output whether to run that code.
+    more: dict[str, Any] = {"trust_remote_code": trust}
+    if local or cached:
+        more["local_files_only"] = True
     bars = logging.is_progress_bar_enabled()
     if local or cached:
         logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(model_id, **more)
         family_of(config)
-        precision = asked or _default_dtype(config, place, count_parameters(config))
-        require_memory(name, memory_need(config, precision), place)
+        precision = asked or _default_dtype(config, place, count_parameters(config, trust))
+        require_memory(name, memory_need(config, precision, trust_remote_code=trust), place)
         revision = getattr(config, "_commit_hash", None)
         if revision is not None:
             # The weights of the very commit whose config was checked.
@@ -120,6 +132,11 @@ def load_model(name: str, device: str = "auto", dtype: str | None = None) -> Loa
     except AlvtsError:
         raise
     except Exception as error:
+        if not trust and "trust_remote_code" in str(error):
+            raise AlvtsError(
+                f"{model_id} needs code that it brings with it, which alvts does not run; read it, "
+                "and if you trust it, give --trust-remote-code"
+            ) from None
         # The libraries raise half a dozen types here, for files that all have one thing in common.
         raise AlvtsError(f"cannot load {model_id}: {first_line(error)}") from error
     finally:
@@ -222,8 +239,8 @@ def parse_device(device: str) -> "torch.device":
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
-    # torch built without CUDA fails by AssertionError.
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    # A backend that is not installed fails in a way of its own.
+    except Exception as error:
         raise AlvtsError(f"device {device!r} cannot be used: {first_line(error)}") from None
     if place.type == "meta":
         raise AlvtsError("device 'meta' cannot be used: nothing is computed there")

@@ -1,5 +1,6 @@
 """From a picture and a question to what the model takes."""
 
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from PIL import Image, ImageOps
 from transformers import BatchFeature
 
 from .errors import AlvtsError
+from .files import open_regular
 
 MARKER = "<image>"
 """Where an image stands in a prompt, in every family; without one, images come first."""
@@ -58,13 +60,12 @@ def read_image(source: Path | BinaryIO, name: str | None = None) -> Image.Image:
         AlvtsError: no such file, no picture, cut short, or so large that it may be a bomb.
     """
     name = name or str(source)
+    file = open_regular(source, "image") if isinstance(source, Path) else source
     try:
-        with warnings.catch_warnings():
+        with file, warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(source, formats=FORMATS) as image:
+            with Image.open(file, formats=FORMATS) as image:
                 return ImageOps.exif_transpose(image).convert("RGB")
-    except FileNotFoundError:
-        raise AlvtsError(f"there is no image {name}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise AlvtsError(f"{name} has more than {limit} million pixels") from None
@@ -90,10 +91,12 @@ def build_inputs(
 
     Raises:
         AlvtsError: no image, not as many places as images, a template without a place for
-            images, or a prompt that is too long.
+            images or that fails, text that is not Unicode, or a prompt that is too long.
     """
     if not images:
         raise AlvtsError("give at least one image")
+    if re.search("[\ud800-\udfff]", prompt):
+        raise AlvtsError("the prompt is not text: it holds bytes that are not UTF-8")
     token = processor.image_token
     rendered = _render(processor, _parts(prompt, token, len(images)))
     if rendered.count(token) != len(images):
@@ -107,7 +110,8 @@ def build_inputs(
             # Some templates write the first token themselves.
             add_special_tokens=not (bos and rendered.startswith(bos)),
         )
-    except ValueError as error:
+    # Whatever a processor out of a model's folder raises.
+    except Exception as error:
         raise AlvtsError(f"the processor refused the prompt: {error}") from error
     tokens = inputs["input_ids"].shape[1]
     if max_tokens is not None and tokens > max_tokens:
@@ -138,7 +142,13 @@ def _parts(prompt: str, token: str, images: int) -> list[dict[str, str]]:
 def _render(processor: Any, parts: list[dict[str, str]]) -> str:
     if getattr(processor, "chat_template", None):
         turn = {"role": "user", "content": parts}
-        return processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+        try:
+            return processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
+        # A template is a program: it may fail in any way.
+        except Exception as error:
+            raise AlvtsError(
+                f"the chat template of this model's processor fails: {error}"
+            ) from error
     chatml = type(processor).__name__.startswith("Qwen")
     before, image, after = _CHATML if chatml else _LLAVA
     image = image.format(token=processor.image_token)

@@ -16,9 +16,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from alvts_cli.artifact import LayerFit, pack_layer, unpack_layer, write_whole
+from alvts_cli.artifact import LayerFit, pack_layer, unpack_layer
 from alvts_cli.engine import PaperSelector, Selector
 from alvts_cli.errors import AlvtsError
+from alvts_cli.files import read_text, write_whole
+from alvts_cli.schema import parse_json
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,11 @@ class LayerResult:
 
 
 class Checkpoint:
-    """The folder `<output>.partial`. It is made with the first finished layer."""
+    """The folder `<output>.partial`. It is made with the first finished layer.
+
+    Attributes:
+        found: whether there was something to go on with.
+    """
 
     def __init__(self, output: Path, resume: bool) -> None:
         """
@@ -43,6 +49,7 @@ class Checkpoint:
             raise AlvtsError(
                 f"{self.folder} holds an unfinished run; go on with --resume, or delete the folder"
             )
+        self.found = self.folder.exists()
 
     def begin(self, run: dict[str, Any]) -> None:
         """Say what this run is made of.
@@ -54,9 +61,11 @@ class Checkpoint:
         if not self.folder.exists():
             return
         try:
-            before = json.loads((self.folder / "run.json").read_text())
-        except (OSError, ValueError):
-            raise AlvtsError(f"{self.folder} is not an unfinished run; delete it") from None
+            before = parse_json(read_text(self.folder / "run.json"))
+        except (AlvtsError, ValueError):
+            before = None
+        if not isinstance(before, dict):
+            raise AlvtsError(f"{self.folder} is not an unfinished run; delete it")
         differing = [key for key in self._run if before.get(key) != self._run[key]]
         if differing:
             raise AlvtsError(
@@ -75,7 +84,7 @@ class Checkpoint:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                told = json.loads(file.metadata()["layer"])
+                told = parse_json(file.metadata()["layer"])
                 names = file.keys()
                 # Clones: the file is deleted while they are in use.
                 tensors = {name: file.get_tensor(name).clone() for name in names}

@@ -1,6 +1,8 @@
 """`alvts calibrate`, from the command line to the file."""
 
 import json
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -159,4 +161,49 @@ def test_interrupted_in_the_first_layer_leaves_nothing(
 
     monkeypatch.setattr("calibration.sweep.initialise", interrupted)
     assert calibrate("--out", tmp_path / "out").exit_code == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_for_one_file_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is refused at once; the first ends as if it had been alone."""
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    assert calibrate("--out", alone).exit_code == 0
+    from calibration.sweep import initialise
+
+    lines = []
+
+    def meanwhile(*args: Any) -> Any:
+        if not lines:
+            code = "from alvts_cli.cli import main; main()"
+            line = [sys.executable, "-c", code, *map(str, command("--out", out))]
+            lines.append(subprocess.run(line, capture_output=True, text=True, timeout=120))
+        return initialise(*args)
+
+    monkeypatch.setattr("calibration.sweep.initialise", meanwhile)
+    assert calibrate("--out", out).exit_code == 0
+    (other,) = lines
+    assert other.returncode == 1 and other.stdout == ""
+    assert other.stderr == (
+        f"error: a calibration into {out} is running already; wait for it, or name another place\n"
+    )
+    assert out.read_bytes() == alone.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "out"]
+
+
+def test_resume_without_anything_to_resume_says_so(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = calibrate("--out", out, "--resume")
+    assert result.exit_code == 0
+    assert result.stderr == f"note: nothing to resume: there is no {out}.partial\n"
+    result = calibrate("--out", out, "--resume")
+    assert result.exit_code == 0
+    assert f"nothing to resume: there is no {out}.partial; {out} is finished" in result.stderr
+
+
+@pytest.mark.parametrize("out", ["-", "/dev/null", "/dev/stdout"])
+def test_what_is_not_a_file_takes_no_selectors(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "not a regular file" in refused(*command("--out", out))
     assert list(tmp_path.iterdir()) == []

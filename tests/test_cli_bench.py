@@ -1,5 +1,9 @@
 import json
+import math
+import tempfile
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -269,6 +273,53 @@ def test_a_baseline_of_something_else_is_one_line(tmp_path):
         refused(*bench("--baseline", path))
     refused(*bench("--baseline", tmp_path / "nothing.json"))
     refused(*bench("--baseline", tmp_path))
+
+
+@cache
+def report_text():
+    """The report of one run."""
+    with tempfile.TemporaryDirectory() as folder:
+        measured(Path(folder) / "a.json")
+        return (Path(folder) / "a.json").read_text()
+
+
+def _without(report, part, name):
+    del report[part][name]
+
+
+def _with(part, name, value):
+    return lambda report: report[part].__setitem__(name, value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda report: report.update(settings={}, metrics={}),
+        lambda report: report.update(metrics={}),
+        lambda report: report.update(settings={}),
+        lambda report: report.pop("format"),
+        _with("metrics", "kv_ratio", math.nan),
+        _with("metrics", "kv_ratio", math.inf),
+        _with("metrics", "kv_ratio", "2.5"),
+        _with("metrics", "kv_ratio", [2.5]),
+        _with("metrics", "kv_ratio", None),
+        _with("metrics", "kv_ratio", True),
+        _with("metrics", "kv_ratio", 0),
+        _with("metrics", "kv_ratio", -1),
+        _with("metrics", "kv_bytes", 10**400),
+        _with("metrics", "vision_ms", "soon"),
+        lambda report: _without(report, "metrics", "prefill_speedup"),
+        lambda report: _without(report, "settings", "keep"),
+        lambda report: report.update(format=2),
+    ],
+)
+def test_a_baseline_that_no_run_could_fail_is_refused_first(change, tmp_path):
+    report = json.loads(report_text())
+    change(report)
+    path = tmp_path / "b.json"
+    path.write_text(json.dumps(report))
+    line = refused("bench", "--model", "/nowhere", "--baseline", path)
+    assert "b.json is not" in line
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import json
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import pytest
@@ -13,6 +13,7 @@ from alvts_cli.artifact import load_artifact, save_artifact
 from alvts_cli.bench.timing import Generated
 from alvts_cli.data import Source
 from alvts_cli.engine import Selection, prefill_flops
+from alvts_cli.errors import AlvtsError
 from alvts_cli.evaluate import run as run_module
 from alvts_cli.evaluate import times
 from alvts_cli.evaluate.batches import collate
@@ -43,14 +44,21 @@ def make_plan(loaded, batch=3, **budgets):
     return Plan(loaded, make_method("dense"), runs, batch)
 
 
+@pytest.fixture
+def kept():
+    """Makes a store that is open until the test ends."""
+    with ExitStack() as stack:
+        yield lambda facts: stack.enter_context(Store(facts))
+
+
 def nothing(steps):
     pass
 
 
-def test_outcomes(loaded):
+def test_outcomes(loaded, kept):
     data = read_data(Source("pocket"), 7, 0)
     plan = make_plan(loaded, random=64, vtw=0.5)
-    results = evaluate(plan, data, Store({}), nothing)
+    results = evaluate(plan, data, kept({}), nothing)
     assert len(results) == 7
     config = loaded.model.config.text_config
     for one, item in zip(results, data.items, strict=True):
@@ -80,11 +88,11 @@ def test_outcomes(loaded):
         assert one["random@64"].kl == pytest.approx(float(expected), rel=1e-3, abs=1e-5)
 
 
-def test_an_interrupted_run_goes_on_and_ends_the_same(loaded):
+def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, kept):
     data = read_data(Source("pocket"), 7, 0)
     plan = make_plan(loaded, random=32)
-    whole = evaluate(plan, data, Store({"run": 1}), nothing)
-    store, steps = Store({"run": 2}), []
+    whole = evaluate(plan, data, kept({"run": 1}), nothing)
+    store, steps = kept({"run": 2}), []
 
     def interrupt(count):
         steps.append(count)
@@ -96,16 +104,18 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(loaded):
     # One batch of three runs is finished, two runs of the second are lost.
     assert len(list(store.folder.iterdir())) == 1
     steps.clear()
-    assert evaluate(plan, data, Store({"run": 2}), steps.append) == whole
+    store.__exit__(None, None, None)
+    store = kept({"run": 2})
+    assert evaluate(plan, data, store, steps.append) == whole
     assert steps == [3] + [1] * 6
     store.remove()
     assert not store.folder.exists()
 
 
-def test_damaged_batches_are_run_again(loaded):
+def test_damaged_batches_are_run_again(loaded, kept):
     data = read_data(Source("pocket"), 7, 0)
     plan = make_plan(loaded, batch=7, random=32)
-    store = Store({})
+    store = kept({})
     whole = evaluate(plan, data, store, nothing)
     (file,) = store.folder.iterdir()
     for text in ("", "[]", "3", '[{"dense": {}}]'):
@@ -113,9 +123,48 @@ def test_damaged_batches_are_run_again(loaded):
         assert evaluate(plan, data, store, nothing) == whole
 
 
+def test_where_nothing_can_be_kept_the_run_goes_on(loaded, kept, cache, monkeypatch):
+    data = read_data(Source("pocket"), 7, 0)
+    plan = make_plan(loaded, batch=7, random=32)
+    whole = evaluate(plan, data, kept({}), nothing)
+    # A file where the cache's folder should be; no home; a run that is going on already.
+    cache.with_name("file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache.with_name("file") / "cache"))
+    with pytest.warns(UserWarning, match="finished batches are not kept"):
+        store = kept({})
+    assert evaluate(plan, data, store, nothing) == whole and not store.kept
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    with pytest.warns(UserWarning, match="there is no home folder"):
+        kept({})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    with pytest.warns(UserWarning, match="is running already"):
+        store = kept({})
+    store.remove()
+    assert list((cache / "alvts" / "eval").glob("*/batch-*.json"))
+
+
+def no_home():
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_place_that_fills_up_is_done_without(loaded, kept, cache, monkeypatch):
+    data = read_data(Source("pocket"), 7, 0)
+    plan = make_plan(loaded, batch=4, random=32)
+    store = kept({})
+
+    def full(*_):
+        raise AlvtsError("cannot write x: No space left on device")
+
+    monkeypatch.setattr("alvts_cli.evaluate.store.write_whole", full)
+    with pytest.warns(UserWarning, match="No space left") as warned:
+        assert len(evaluate(plan, data, store, nothing)) == 7
+    assert len(warned) == 1
+
+
 def test_everything_that_decides_is_in_the_key():
-    assert Store({"a": 1}).folder == Store({"a": 1}).folder
-    assert Store({"a": 1}).folder != Store({"a": 2}).folder
+    assert Store({"a": 1}).key == Store({"a": 1}).key
+    assert Store({"a": 1}).key != Store({"a": 2}).key
 
 
 def test_collate_pads_on_the_left():

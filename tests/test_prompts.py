@@ -121,7 +121,7 @@ def test_pictures_are_read_as_rgb_and_upright(tmp_path: Path) -> None:
 def test_pictures_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(AlvtsError, match="there is no image"):
         read_image(tmp_path / "none.png")
-    with pytest.raises(AlvtsError, match="Is a directory"):
+    with pytest.raises(AlvtsError, match="it is a folder"):
         read_image(tmp_path)
     whole = BytesIO()
     PICTURE.save(whole, "JPEG")

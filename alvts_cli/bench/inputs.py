@@ -30,6 +30,8 @@ def synthetic_inputs(
             the model reads.
     """
     config = model.config
+    # Before any pixels are made.
+    check_length(config, (visual_tokens or usual_visual_tokens(config)) + text_tokens)
     generator = torch.Generator().manual_seed(0)
     if config.model_type == "qwen2_5_vl":
         pixels, counts = _qwen_pixels(config, visual_tokens, generator)
@@ -41,9 +43,6 @@ def synthetic_inputs(
     for count in counts:
         row += [config.image_token_id] * count
     row += _words(config, text_tokens - before, generator)
-    longest = config.text_config.max_position_embeddings
-    if len(row) > longest:
-        raise AlvtsError(f"the prompt has {len(row)} tokens but the model reads {longest}")
 
     input_ids = torch.tensor([row] * batch)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
@@ -53,6 +52,16 @@ def synthetic_inputs(
     if config.model_type == "qwen2_5_vl":
         inputs["mm_token_type_ids"] = (input_ids == config.image_token_id).int()
     return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+def check_length(config: Any, tokens: int) -> None:
+    """
+    Raises:
+        AlvtsError: the prompt is longer than the model reads.
+    """
+    longest = config.text_config.max_position_embeddings
+    if tokens > longest:
+        raise AlvtsError(f"the prompt has {tokens} tokens but the model reads {longest}")
 
 
 def usual_visual_tokens(config: Any) -> int:

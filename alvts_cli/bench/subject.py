@@ -11,12 +11,12 @@ from torch import Tensor
 from ..artifact import load_artifact
 from ..engine import Keep, Policy, Selectors, keep_of, parse_policy, policy_of
 from ..families import family_of
-from ..memory import memory_need, require_memory
+from ..memory import memory_need, prefill_need, require_memory
 from ..models import cpu_computes_bfloat16, find_selectors, load_model, parse_device, parse_dtype
 from ..prompts import build_inputs, read_image
 from ..shapes import random_model, shape_config
 from .compiled import weights_frozen
-from .inputs import synthetic_inputs, usual_visual_tokens
+from .inputs import check_length, synthetic_inputs, usual_visual_tokens
 from .selectors import random_selectors
 
 NEW_TOKENS = 16
@@ -74,6 +74,7 @@ class Wanted:
         visual_tokens, text_tokens: of a made-up prompt, as in `synthetic_inputs`.
         device, dtype: as in `load_model`.
         compile: run all decoders through `torch.compile`.
+        trust_remote_code: as in `load_model`.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Wanted:
     device: str
     dtype: str | None
     compile: bool
+    trust_remote_code: bool = False
 
 
 def random_subject(
@@ -112,6 +114,7 @@ def random_subject(
         precision = torch.bfloat16
     config = shape_config(wanted.name, layers, hidden_size)
     visual = wanted.visual_tokens or usual_visual_tokens(config)
+    check_length(config, visual + wanted.text_tokens)
     tokens = visual + wanted.text_tokens + NEW_TOKENS
     need = memory_need(config, precision, tokens, wanted.batch)
     say(require_memory(wanted.name, need, place))
@@ -132,7 +135,7 @@ def loaded_subject(wanted: Wanted, images: Sequence[Path], prompt: str) -> Subje
         AlvtsError: whatever of all this cannot be had.
     """
     pictures = [read_image(path) for path in images]
-    loaded = load_model(wanted.name, wanted.device, wanted.dtype)
+    loaded = load_model(wanted.name, wanted.device, wanted.dtype, wanted.trust_remote_code)
     model = loaded.model
     path = wanted.selectors or find_selectors(loaded)
     selectors = _fitted(path, model, wanted.name)
@@ -140,8 +143,11 @@ def loaded_subject(wanted: Wanted, images: Sequence[Path], prompt: str) -> Subje
         longest = model.config.text_config.max_position_embeddings - NEW_TOKENS
         one = build_inputs(loaded.processor, pictures, prompt, longest)
         one = one.to(model.device, model.dtype)
+        _require_room(wanted, model, one["input_ids"].shape[1])
         inputs = {key: torch.cat([value] * wanted.batch) for key, value in one.items()}
     else:
+        visual = wanted.visual_tokens or usual_visual_tokens(model.config)
+        _require_room(wanted, model, visual + wanted.text_tokens)
         inputs = synthetic_inputs(model, wanted.batch, wanted.visual_tokens, wanted.text_tokens)
     return _subject(wanted, model, inputs, selectors, str(path), False, False)
 
@@ -149,6 +155,17 @@ def loaded_subject(wanted: Wanted, images: Sequence[Path], prompt: str) -> Subje
 def rank_of(selectors: Selectors) -> int:
     """`R`, the largest where layers differ; 0 without any selector."""
     return max((layer.rank for layer in selectors.layers if layer is not None), default=0)
+
+
+def _require_room(wanted: Wanted, model: Any, tokens: int) -> None:
+    """
+    Raises:
+        AlvtsError: no memory for the batch beside the loaded model, or prompts longer than it
+            reads.
+    """
+    check_length(model.config, tokens)
+    need = prefill_need(model.config, model.dtype, tokens + NEW_TOKENS, wanted.batch)
+    require_memory(f"a batch of {wanted.batch}", need, model.device)
 
 
 def _fitted(path: Path, model: Any, name: str) -> Selectors:

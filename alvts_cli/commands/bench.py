@@ -10,11 +10,13 @@ from ..errors import AlvtsError
 from ..gates import Gate
 from ..methods import METHODS, check_method
 from .options import (
+    MOST,
     DeviceOption,
     DTypeOption,
     KeepOption,
     ModelOption,
     SelectorsOption,
+    TrustOption,
     check_keep,
 )
 
@@ -36,17 +38,17 @@ def bench(
     model: ModelOption = "pocket",
     selectors: SelectorsOption = None,
     keep: KeepOption = None,
-    batch: Annotated[int, typer.Option(min=1, help="Equal prompts at once.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, max=MOST, help="Equal prompts at once.")] = 1,
     image: Annotated[
         list[Path] | None, typer.Option(help="Bench on this image (repeatable), with --prompt.")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="Bench on these words.")] = None,
     visual_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Without --image: visual tokens; default: one large image."),
+        typer.Option(min=1, max=MOST, help="Without --image; default: one large image's."),
     ] = None,
     text_tokens: Annotated[
-        int | None, typer.Option(min=2, help=f"Without --image: default {TEXT_TOKENS}.")
+        int | None, typer.Option(min=2, max=MOST, help=f"Without --image: default {TEXT_TOKENS}.")
     ] = None,
     policy: Annotated[
         str | None,
@@ -55,18 +57,18 @@ def bench(
             "calibration picked for --keep, or paper."
         ),
     ] = None,
-    runs: Annotated[int, typer.Option(min=1, help="Timed rounds, all in turn.")] = 10,
+    runs: Annotated[int, typer.Option(min=1, max=MOST, help="Timed rounds, all in turn.")] = 10,
     random_weights: Annotated[
         bool,
         typer.Option("--random-weights", help="A known model's true shape, without a download."),
     ] = False,
     layers: Annotated[
         int | None,
-        typer.Option(min=1, help="With --random-weights: only so many decoder layers."),
+        typer.Option(min=1, max=MOST, help="With --random-weights: only so many decoder layers."),
     ] = None,
     hidden_size: Annotated[
         int | None,
-        typer.Option(min=1, help="With --random-weights: a narrower decoder."),
+        typer.Option(min=1, max=MOST, help="With --random-weights: a narrower decoder."),
     ] = None,
     against: Annotated[
         str | None,
@@ -84,6 +86,7 @@ def bench(
     ] = False,
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
+    trust_remote_code: TrustOption = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write everything measured here.")
     ] = None,
@@ -122,22 +125,24 @@ def bench(
 
     import json
 
-    from rich.console import Console
     from rich.progress import Progress
 
-    from ..artifact import check_writable, write_whole
     from ..bench.baseline import check_comparable, read_baseline, regressions
     from ..bench.measure import entrants, measure
     from ..bench.report import environment, to_json, to_table
     from ..bench.subject import Wanted, loaded_subject, random_subject
     from ..engine import parse_policy
+    from ..files import check_writable, is_stdout, write_whole
+    from ..terminal import console, say
 
     if policy is not None:
         parse_policy(policy)
     before = None if baseline is None else read_baseline(baseline)
     if json_file is not None:
         check_writable(json_file)
-    words = Console(stderr=True, soft_wrap=True)
+    words = console(error=True)
+    # What goes to standard output is JSON alone where that is asked for.
+    aside = json_file is not None and is_stdout(json_file)
     wanted = Wanted(
         name=model,
         selectors=selectors,
@@ -149,6 +154,7 @@ def bench(
         device=device,
         dtype=dtype,
         compile=compile,
+        trust_remote_code=trust_remote_code,
     )
     if random_weights:
         subject = random_subject(wanted, layers, hidden_size, say=words.print)
@@ -162,7 +168,7 @@ def bench(
         task = progress.add_task("measuring", total=entrants(peers) * (runs + 1))
         result = measure(subject, runs, peers, on_run=lambda: progress.advance(task))
     surroundings = environment(subject.model)
-    Console().print(to_table(result, subject.settings, surroundings, profile))
+    console(aside).print(to_table(result, subject.settings, surroundings, profile))
     if json_file is not None:
         text = json.dumps(to_json(result, subject.settings, surroundings), indent=1)
         write_whole(json_file, f"{text}\n".encode())
@@ -173,7 +179,7 @@ def bench(
     if before is not None:
         lines += worse or [f"no regression against {baseline}"]
     for line in lines:
-        print(line)
+        say(line, error=aside)
     if worse or not all(passed for passed, _ in checked):
         raise typer.Exit(1)
 

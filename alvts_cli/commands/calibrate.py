@@ -8,17 +8,21 @@ from typing import Annotated
 import typer
 
 from .options import (
+    MOST,
     ColumnsOption,
     DeviceOption,
     DTypeOption,
     ImageFolderOption,
     ModelOption,
+    SeedOption,
+    TrustOption,
     print_skipped,
     read_columns,
 )
 
 
 def calibrate(
+    context: typer.Context,
     model: ModelOption = "pocket",
     data: Annotated[
         str,
@@ -31,7 +35,8 @@ def calibrate(
     image_folder: ImageFolderOption = None,
     columns: ColumnsOption = None,
     samples: Annotated[
-        int, typer.Option(min=3, help="Drawn at random; a quarter measures, the rest is fitted.")
+        int,
+        typer.Option(min=3, max=MOST, help="Drawn at random; a quarter measures, the rest fits."),
     ] = 256,
     form: Annotated[
         str,
@@ -44,16 +49,18 @@ def calibrate(
         int | None,
         typer.Option(
             min=1,
+            max=MOST,
             help="Of the selectors; default: width / 64, at least 24; width / 16, at least 16, in "
             "the paper's form.",
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Default: <model>.alvts.safetensors in this folder.")
+        Path | None, typer.Option(help="Default: MODEL.alvts.safetensors in this folder.")
     ] = None,
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same file.")] = 0,
+    trust_remote_code: TrustOption = False,
+    seed: SeedOption = 0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was interrupted.")
     ] = False,
@@ -67,7 +74,6 @@ def calibrate(
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from calibration import Checkpoint, Settings, Source, Watch, read_data
@@ -75,22 +81,28 @@ def calibrate(
     from calibration.policy import prefills
     from calibration.report import POLICY_NOTE, fit_table, policy_table
 
-    from ..artifact import LayerFit, check_writable, save_artifact
+    from ..artifact import LayerFit, save_artifact
+    from ..files import check_writable, locked
     from ..models import OURS, load_model
+    from ..terminal import console
 
     told = read_columns(columns)
     output = out or Path(f"{Path(model).name}.alvts.safetensors")
     # Everything that can be wrong is found before the model is loaded.
-    check_writable(output)
+    check_writable(output, regular=True)
+    context.with_resource(locked(output, "a calibration"))
     checkpoint = Checkpoint(output, resume)
     paper = form == "paper"
     settings = Settings.paper(rank=rank, seed=seed) if paper else Settings(form, rank, seed=seed)
     reader = read_data(Source(data, image_folder, told), samples, seed)
-    words = Console(stderr=True, soft_wrap=True)
-    loaded = load_model(model, device, dtype)
+    words = console(error=True)
+    if resume and not checkpoint.found:
+        done = f"; {output} is finished and will be replaced" if output.exists() else ""
+        words.print(f"note: nothing to resume: there is no {checkpoint.folder}{done}")
+    loaded = load_model(model, device, dtype, trust_remote_code)
 
     refused: list[str] = []
-    console = Console()
+    tables = console()
     parts = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"))
     try:
         with Progress(
@@ -111,7 +123,7 @@ def calibrate(
                     # Only once it is sure that there are samples enough.
                     tried = min(settings.policy_samples, math.ceil(samples * settings.held_out))
                     cost = f"trying policies will cost about {prefills(tried):.0f} dense prefills"
-                    console.print(cost)
+                    tables.print(cost)
                 done = f"{index + 1} of {count}, recall {fit.recall_after:.3f}"
                 progress.update(layers, total=count, completed=index + 1, done=done)
 
@@ -142,23 +154,21 @@ def calibrate(
             )
     except KeyboardInterrupt:
         if checkpoint.folder.exists():
-            words.print(
-                f"finished layers are in {checkpoint.folder}; go on with --resume", markup=False
-            )
+            words.print(f"finished layers are in {checkpoint.folder}; go on with --resume")
         raise
     save_artifact(artifact, output)
     checkpoint.remove()
 
     print_skipped(words, reader.skipped + refused)
     record = artifact.calibration
-    console.print(fit_table(record))
+    tables.print(fit_table(record))
     k = f"{settings.keep:.3f}"
-    console.print(
+    tables.print(
         f"on {record.held_out} samples that were not fitted; recall of the layer's own choice at "
         f"keep {k}; before: SVD alone"
     )
     if record.trials:
-        console.print(policy_table(artifact))
-        console.print(POLICY_NOTE)
+        tables.print(policy_table(artifact))
+        tables.print(POLICY_NOTE)
     size = output.stat().st_size
-    console.print(f"wrote {output} ({size:,} bytes)", soft_wrap=True, markup=False)
+    tables.print(f"wrote {output} ({size:,} bytes)", soft_wrap=True)

@@ -11,12 +11,15 @@ from ..evaluate.gates import FIGURES, parse_gate
 from ..evaluate.scoring import SCORINGS
 from ..methods import FITTED, METHODS, PAPER, check_method
 from .options import (
+    MOST,
     ColumnsOption,
     DeviceOption,
     DTypeOption,
     ImageFolderOption,
     ModelOption,
+    SeedOption,
     SelectorsOption,
+    TrustOption,
     print_skipped,
     read_columns,
 )
@@ -25,12 +28,14 @@ if TYPE_CHECKING:
     from ..evaluate.data import DataSet
     from ..evaluate.figures import Summary
     from ..evaluate.run import Plan
+    from ..evaluate.store import Store
     from ..models import Loaded
 
 EPILOG = "Figures for --gate: " + "; ".join(f"{name} ({about})" for name, about in FIGURES.items())
 
 
 def evaluate(
+    context: typer.Context,
     model: ModelOption = "pocket",
     selectors: SelectorsOption = None,
     paper_selectors: Annotated[
@@ -59,8 +64,8 @@ def evaluate(
         str,
         typer.Option(help="Layer averages to compare at, with commas: ratios or token counts."),
     ] = "0.33,0.22,0.11",
-    samples: Annotated[int, typer.Option(min=1, help="Questions of each data set.")] = 350,
-    batch: Annotated[int, typer.Option(min=1, help="Questions at once.")] = 32,
+    samples: Annotated[int, typer.Option(min=1, max=MOST, help="Questions of each set.")] = 350,
+    batch: Annotated[int, typer.Option(min=1, max=MOST, help="Questions at once.")] = 32,
     scoring: Annotated[
         str | None,
         typer.Option(help=f"{', '.join(SCORINGS)}; default: what suits the right answers."),
@@ -74,12 +79,13 @@ def evaluate(
     by_kind: Annotated[
         bool, typer.Option("--by-kind", help="Also accuracy per kind of question.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same table.")] = 0,
+    seed: SeedOption = 0,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Do not go on with an interrupted run of this command.")
     ] = False,
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
+    trust_remote_code: TrustOption = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all figures and answers here.")
     ] = None,
@@ -108,9 +114,6 @@ def evaluate(
 
     import json
 
-    from rich.console import Console
-
-    from ..artifact import check_writable, write_whole
     from ..bench.report import environment
     from ..data import Source
     from ..evaluate.data import read_data
@@ -119,30 +122,36 @@ def evaluate(
     from ..evaluate.table import FORMAT, figures_by_name, to_json, to_table
     from ..evaluate.table import by_kind as kind_table
     from ..families import family_of
+    from ..files import check_writable, is_stdout, write_whole
     from ..models import load_model
+    from ..terminal import console, say
 
     if json_file is not None:
         check_writable(json_file)
     sources = [Source(one, image_folder, told) for one in data]
     sets = [read_data(source, samples, seed, scoring) for source in sources]
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, trust_remote_code)
     files = {FITTED: selectors, (PAPER,): paper_selectors}
     plan, facts = _plan(loaded, files, names, budgets, batch, seed)
-    words = Console(stderr=True, soft_wrap=True)
-    console = _wide(Console())
+    words = console(error=True)
+    # What goes to standard output is JSON alone where that is asked for.
+    aside = json_file is not None and is_stdout(json_file)
+    tables = _wide(console(aside))
     text_model: Any = family_of(loaded.model).text_model(loaded.model)
     written, lines, passed = [], [], True
     for questions in sets:
-        store = _store(facts, questions, fresh)
+        store = context.with_resource(_store(facts, questions))
+        if fresh:
+            store.remove()
         results = _with_progress(words, plan, questions, store, evaluate_set)
         summary = summarise(
             questions, results, list(plan.runs), seed, text_model.config, loaded.dtype.itemsize
         )
         if time:
             summary = _timed(words, plan, questions, summary)
-        console.print(to_table(summary))
+        tables.print(to_table(summary))
         if by_kind:
-            console.print(kind_table(summary))
+            tables.print(kind_table(summary))
         written.append((to_json(summary, questions, results, by_kind), store))
         for condition in gates:
             holds, line = condition.check(figures_by_name(summary))
@@ -150,7 +159,7 @@ def evaluate(
             passed = passed and holds
     print_skipped(words, [line for one in sets for line in one.skipped])
     surroundings = environment(loaded.model)
-    console.print(
+    tables.print(
         f"{loaded.name}, {surroundings['hardware']}, {facts['dtype']}, torch "
         f"{surroundings['torch']}, transformers {surroundings['transformers']}"
     )
@@ -165,7 +174,7 @@ def evaluate(
     for _, store in written:
         store.remove()
     for line in lines:
-        print(line)
+        say(line, error=aside)
     if not passed:
         raise typer.Exit(1)
 
@@ -280,14 +289,11 @@ def _find_selectors(loaded: "Loaded") -> Path:
         ) from None
 
 
-def _store(facts: dict[str, Any], questions: "DataSet", fresh: bool) -> Any:
+def _store(facts: dict[str, Any], questions: "DataSet") -> "Store":
     from ..evaluate.store import Store
 
     asked = [(item.id, item.question, item.answers) for item in questions.items]
-    store = Store({**facts, "data": questions.name, "asked": asked})
-    if fresh:
-        store.remove()
-    return store
+    return Store({**facts, "data": questions.name, "asked": asked})
 
 
 def _with_progress(words: Any, plan: "Plan", questions: "DataSet", store: Any, work: Any) -> Any:
@@ -296,7 +302,8 @@ def _with_progress(words: Any, plan: "Plan", questions: "DataSet", store: Any, w
     from rich.progress import TimeRemainingColumn as Remaining
 
     batches = -(-len(questions.items) // plan.batch)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
+    name = TextColumn("{task.description}", markup=False)
+    columns = (name, BarColumn(), MofNCompleteColumn(), Remaining())
     try:
         # Where nobody watches, even a bar that goes away again leaves an empty line.
         off = not words.is_terminal
@@ -304,7 +311,7 @@ def _with_progress(words: Any, plan: "Plan", questions: "DataSet", store: Any, w
             task = progress.add_task(questions.name, total=batches * (len(plan.runs) + 2))
             return work(plan, questions, store, lambda steps: progress.advance(task, steps))
     except KeyboardInterrupt:
-        if store.folder.exists():
+        if store.kept:
             words.print("finished batches are kept; give the same command again to go on")
         raise
 
@@ -320,8 +327,8 @@ def _timed(words: Any, plan: "Plan", questions: "DataSet", summary: "Summary") -
         return with_times(summary, time_prefills(plan, questions, lambda: progress.advance(task)))
 
 
-def _wide(console: Any) -> Any:
+def _wide(tables: Any) -> Any:
     """Wide enough for the table where the output goes to a file."""
-    if not console.is_terminal:
-        console.width = 160
-    return console
+    if not tables.is_terminal:
+        tables.width = 160
+    return tables

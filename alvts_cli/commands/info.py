@@ -10,13 +10,12 @@ def info(
     file: Annotated[Path, typer.Argument(help="A selector file made by `alvts calibrate`.")],
 ) -> None:
     """Print what an artifact was fitted for, on what, and how well."""
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from calibration.report import POLICY_NOTE, fit_table, policy_table
 
     from ..artifact import load_artifact
+    from ..terminal import console
 
     artifact = load_artifact(file)
     record = artifact.calibration
@@ -36,11 +35,11 @@ def info(
     }
     about = Table(show_header=False, box=None)
     for name, value in facts.items():
-        about.add_row(name, Text(value))
+        about.add_row(name, value)
 
-    console = Console()
-    console.print(about)
-    console.print(fit_table(record))
+    out = console()
+    out.print(about)
+    out.print(fit_table(record))
     if record.trials:
-        console.print(policy_table(artifact))
-        console.print(POLICY_NOTE)
+        out.print(policy_table(artifact))
+        out.print(POLICY_NOTE)

@@ -4,12 +4,12 @@
 def models() -> None:
     """List the known models: name, family, hub id, and whether the weights are on this machine."""
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     from ..models import KNOWN, cached_folder
     from ..pocket import WEIGHTS
     from ..smol.fetch import smol_folder
+    from ..terminal import console
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("name", "family", "hub id", "here"):
@@ -22,6 +22,6 @@ def models() -> None:
         else:
             here = cached_folder(known.hub_id) is not None
         table.add_row(name, known.family, known.hub_id, "yes" if here else "no")
-    console = Console()
-    console.print(table)
-    console.print("Any other model of these families works by its hub id or folder.")
+    out = console()
+    out.print(table)
+    out.print("Any other model of these families works by its hub id or folder.")

@@ -57,6 +57,23 @@ DTypeOption = Annotated[
     DType | None,
     typer.Option("--dtype", help="Precision; default: what suits the model and the device."),
 ]
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run code that the model brings with it."),
+]
+
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, max=2**32 - 1, help="Same seed, same result.")
+]
+
+MOST = 1_000_000
+"""The largest number that an option counts with."""
+
+
+def show_help(context: typer.Context) -> None:
+    """What a group of commands does when none of them is named."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def read_columns(columns: str | None) -> dict[str, str]:
@@ -77,7 +94,7 @@ def print_skipped(console: "Console", skipped: Sequence[str]) -> None:
     """Name and count the records that could not be used."""
     if skipped:
         lines = (f"skipped {len(skipped)} samples:", *skipped)
-        console.print(*lines, sep="\n  ", markup=False, highlight=False)
+        console.print(*lines, sep="\n  ", highlight=False)
 
 
 def check_keep(keep: str | None) -> None:

@@ -5,17 +5,20 @@ from typing import Annotated
 
 import typer
 
-from .options import DeviceOption, DTypeOption
+from .options import MOST, DeviceOption, DTypeOption, SeedOption, TrustOption, show_help
 
 pocket = typer.Typer(
-    no_args_is_help=True, help="Train and score pocket, the small model that ships with alvts."
+    callback=show_help,
+    invoke_without_command=True,
+    help="Train and score pocket, the small model that ships with alvts.",
 )
 
 
 @pocket.command()
 def train(
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the trained model.")],
-    seed: Annotated[int, typer.Option(help="Seed of the weights and of the examples.")] = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Train pocket from nothing; run again with the same folder to go on where it stopped."""
     from rich.progress import (
@@ -26,10 +29,14 @@ def train(
         TimeRemainingColumn,
     )
 
+    from ..files import locked, make_folder
     from ..pocket.build import save_model
     from ..pocket.train import PHASES, Step
     from ..pocket.train import train as train_model
+    from ..terminal import console, say
 
+    make_folder(out)
+    context.with_resource(locked(out, "a training"))
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -37,7 +44,7 @@ def train(
         TextColumn("loss {task.fields[loss]:.3f}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as bar:
+    with Progress(*columns, console=console()) as bar:
         tasks = {
             phase.name: bar.add_task(phase.name, total=phase.steps, loss=float("nan"))
             for phase in PHASES
@@ -48,25 +55,26 @@ def train(
 
         model = train_model(out / "checkpoint", seed, on_step=show)
     save_model(model, out)
-    print(f"saved {out}")
+    say(f"saved {out}")
 
 
 @pocket.command()
 def score(
     model: Annotated[str, typer.Option(help="A pocket: `pocket`, or a folder.")] = "pocket",
-    per_kind: Annotated[int, typer.Option(min=1, help="Held-out scenes per question kind.")] = 100,
-    easy: Annotated[int, typer.Option(min=0, help="Questions of easy-VQA's test split.")] = 500,
+    per_kind: Annotated[int, typer.Option(min=1, max=MOST, help="Held-out scenes per kind.")] = 100,
+    easy: Annotated[int, typer.Option(min=0, max=MOST, help="Questions of easy-VQA.")] = 500,
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Accuracy per kind of held-out question, beside a grey image's and the commonest answer's."""
-    from rich.console import Console
     from rich.table import Table
 
     from ..models import load_model
     from ..pocket.evaluate import answers, chance, easy_items, scene_items, score_kinds
+    from ..terminal import console
 
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, trust_remote_code)
     items = [*scene_items("test", per_kind), *(easy_items(easy) if easy else ())]
     seen = score_kinds(items, answers(loaded.model, loaded.processor, items))
     blind = score_kinds(items, answers(loaded.model, loaded.processor, items, blind=True))
@@ -75,4 +83,4 @@ def score(
     for kind, (right, asked) in seen.items():
         shares = (right / asked, blind[kind][0] / asked, guess[kind])
         table.add_row(kind, str(asked), *(f"{share:.1%}" for share in shares))
-    Console().print(table)
+    console().print(table)

@@ -1,12 +1,12 @@
 """`alvts run`: ask a question about images, or every question of a data set."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .options import (
+    MOST,
     ColumnsOption,
     DeviceOption,
     DTypeOption,
@@ -14,6 +14,7 @@ from .options import (
     KeepOption,
     ModelOption,
     SelectorsOption,
+    TrustOption,
     check_keep,
     read_columns,
 )
@@ -51,10 +52,11 @@ def run(
     image_folder: ImageFolderOption = None,
     columns: ColumnsOption = None,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Records of --data, the first; default: all.")
+        int | None,
+        typer.Option(min=1, max=MOST, help="The first of --data; default: all."),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Questions of --data at once; default: 8.")
+        int | None, typer.Option(min=1, max=MOST, help="Questions of --data at once; default: 8.")
     ] = None,
     model: ModelOption = "pocket",
     selectors: SelectorsOption = None,
@@ -63,12 +65,13 @@ def run(
     compare: Annotated[
         bool, typer.Option("--compare", help="Answer dense and selective, side by side.")
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Longest answer.")] = 128,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
     ] = False,
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Answer a question about one or more images, then say what it took; or answer all questions of
     a data set."""
@@ -94,7 +97,17 @@ def run(
         from ..data import Source
         from .run_data import Setup, answer_data
 
-        setup = Setup(model, device, dtype, selectors, keep, dense, max_new_tokens, batch or 8)
+        setup = Setup(
+            model,
+            device,
+            dtype,
+            selectors,
+            keep,
+            dense,
+            max_new_tokens,
+            batch or 8,
+            trust_remote_code,
+        )
         source = Source(data, image_folder, told, split="test", prompt=prompt)
         answer_data(source, out, setup, samples, json_output)
         return
@@ -107,16 +120,15 @@ def run(
 
     import json
 
-    from rich.console import Console
-
     from ..answer import answer, prepare, selectors_for
     from ..data import pictures_in
     from ..models import load_model
     from ..prompts import read_image
+    from ..terminal import console, say
 
     files = [file for path in image for file in (pictures_in(path) if path.is_dir() else [path])]
     pictures = [read_image(path) for path in files]
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, trust_remote_code)
     inputs = prepare(loaded, pictures, prompt, max_new_tokens)
     chosen = None if dense else selectors_for(loaded, selectors)
     _notice(loaded.processor.tokenizer, prompt, pictures)
@@ -124,16 +136,16 @@ def run(
     stream = not (json_output or compare)
     if not compare:
         result = answer(loaded, inputs, chosen, keep, max_new_tokens, stream)
-        print(json.dumps(_plain(model, result)) if json_output else _line(result))
+        say(json.dumps(_plain(model, result)) if json_output else _line(result))
         return
     # The first generation of a process also pays for what is set up once.
     answer(loaded, inputs, None, None, 1, False)
     both = [answer(loaded, inputs, use, keep, max_new_tokens, False) for use in (None, chosen)]
     if json_output:
         names = ("dense", "selective")
-        print(json.dumps({name: _plain(model, r) for name, r in zip(names, both, strict=True)}))
+        say(json.dumps({name: _plain(model, r) for name, r in zip(names, both, strict=True)}))
     else:
-        Console().print(_table(*both))
+        console().print(_table(*both))
 
 
 def _check_together(keep: str | None, selectors: Path | None, dense: bool, compare: bool) -> None:
@@ -155,14 +167,15 @@ def _notice(tokenizer: Any, prompt: str, pictures: list[Any]) -> None:
     if not is_pocket(tokenizer):
         return
     from ..prompts import MARKER
+    from ..terminal import say
 
     words = foreign_words(tokenizer, prompt.replace(MARKER, " "))
     if words:
-        print(f"note: pocket does not know these words: {', '.join(words)}", file=sys.stderr)
+        say(f"note: pocket does not know these words: {', '.join(words)}", error=True)
     if not all(looks_rendered(picture) for picture in pictures):
-        print(
+        say(
             "note: pocket knows rendered scenes only; its answer about this image is a guess",
-            file=sys.stderr,
+            error=True,
         )
 
 
@@ -186,13 +199,12 @@ def _plain(model: str, result: "Answer") -> dict[str, Any]:
 
 def _table(dense: "Answer", selective: "Answer") -> "Table":
     from rich.table import Table
-    from rich.text import Text
 
     from ..bench.report import megabytes
 
     table = Table("", "dense", "selective")
-    rows: dict[str, list[Text | str]] = {
-        "answer": [Text(r.answer) for r in (dense, selective)],
+    rows: dict[str, list[str]] = {
+        "answer": [r.answer for r in (dense, selective)],
         "visual tokens, layer average": [
             f"{r.visual_tokens_kept:.1f} of {r.visual_tokens}" for r in (dense, selective)
         ],

@@ -4,18 +4,22 @@ import json
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..answer import selectors_for
-from ..artifact import check_writable, fingerprint
+from ..artifact import fingerprint
 from ..bulk import Job, Journal, answer_all, write_answers
 from ..data import Reader, Source, read_data
 from ..errors import AlvtsError
+from ..files import check_writable
 from ..models import find_selectors, load_model
+from ..terminal import console, say
 from .options import print_skipped
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Setup:
     dense: bool
     max_new_tokens: int
     batch: int
+    trust_remote_code: bool
 
 
 def answer_data(source: Source, out: Path, setup: Setup, limit: int | None, as_json: bool) -> None:
@@ -39,15 +44,15 @@ def answer_data(source: Source, out: Path, setup: Setup, limit: int | None, as_j
         AlvtsError: no such data, an output that cannot be written, whatever loading refuses, or no
             record that can be answered.
     """
-    check_writable(out)
+    check_writable(out, regular=True)
     reader = read_data(source, limit, None)
     if source.data == "pocket" and limit is None:
         raise AlvtsError("the scenes of pocket have no end; say how many with --samples")
-    loaded = load_model(setup.model, setup.device, setup.dtype)
+    loaded = load_model(setup.model, setup.device, setup.dtype, setup.trust_remote_code)
     file = None if setup.dense else setup.selectors or find_selectors(loaded)
     selectors = None if file is None else selectors_for(loaded, file)
     job = Job(loaded, selectors, setup.keep, setup.max_new_tokens, setup.batch)
-    words = Console(stderr=True, soft_wrap=True)
+    words = console(error=True)
     with closing(Journal(out, _facts(job, source, reader, file))) as journal:
         before = len(journal.lines)
         try:
@@ -67,11 +72,11 @@ def answer_data(source: Source, out: Path, setup: Setup, limit: int | None, as_j
     print_skipped(words, skipped)
     told = _told(lines, list(journal.lines.values())[before:], seconds)
     told |= {"out": str(out), "skipped": len(skipped)}
-    print(json.dumps(told) if as_json else _sentence(told))
+    say(json.dumps(told) if as_json else _sentence(told))
 
 
 def _with_progress(
-    words: Console, job: Job, reader: Reader, limit: int | None, journal: Journal
+    words: "Console", job: Job, reader: Reader, limit: int | None, journal: Journal
 ) -> float:
     total = reader.total
     if total is not None and limit is not None:

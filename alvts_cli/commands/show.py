@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from .options import DeviceOption, DTypeOption, ModelOption, SelectorsOption, check_keep
+from .options import (
+    MOST,
+    DeviceOption,
+    DTypeOption,
+    ModelOption,
+    SelectorsOption,
+    TrustOption,
+    check_keep,
+)
 
 KEEPS = ("0.5", "0.33", "0.22", "0.11", "0.05", "0.02")
 """Of a page where no --keep is given."""
@@ -32,9 +40,10 @@ def show(
             f"were fitted for; for a page {', '.join(KEEPS)}."
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Longest answer.")] = 128,
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Draw which visual tokens each layer keeps, and the answers with all and with them.
 
@@ -52,17 +61,18 @@ def show(
         raise typer.BadParameter("it is empty", param_hint="--prompt")
 
     from ..answer import answer, prepare, selectors_for
-    from ..artifact import check_writable, write_whole
     from ..families import family_of
+    from ..files import check_writable, write_whole
     from ..models import load_model
     from ..prompts import read_image
     from ..show.page import to_page
     from ..show.png import to_png
     from ..show.trace import Shown, trace
+    from ..terminal import say
 
     check_writable(out)
     images = [read_image(path) for path in image]
-    loaded = load_model(model, device, dtype)
+    loaded = load_model(model, device, dtype, trust_remote_code)
     inputs = prepare(loaded, images, prompt, max_new_tokens)
     chosen = selectors_for(loaded, selectors)
     sizes = [picture.size for picture in images]
@@ -75,9 +85,9 @@ def show(
     write_whole(out, data)
     for one in traces:
         said = one.answer
-        print(f"{said.visual_tokens_kept:.1f} of {said.visual_tokens} visual tokens: {said.answer}")
-    print(f"all of them: {dense.answer}")
-    print(f"wrote {out}, {len(data):,} bytes")
+        say(f"{said.visual_tokens_kept:.1f} of {said.visual_tokens} visual tokens: {said.answer}")
+    say(f"all of them: {dense.answer}")
+    say(f"wrote {out}, {len(data):,} bytes")
 
 
 def _is_page(out: Path) -> bool:

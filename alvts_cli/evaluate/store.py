@@ -11,16 +11,23 @@ anything starts anew. A finished run's folder is removed.
 import hashlib
 import json
 import shutil
+import warnings
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from ..artifact import write_whole
 from ..cache import cache_folder
 from ..errors import AlvtsError
+from ..files import locked, read_text, write_whole
 
 
 class Store:
-    """The finished batches of one run."""
+    """The finished batches of one run, inside a `with` block.
+
+    Where nothing can be kept, as the cache cannot be written or another process is at the same run,
+    a warning says so and the run goes on without.
+    """
 
     def __init__(self, facts: dict[str, Any]) -> None:
         """
@@ -28,34 +35,64 @@ class Store:
             facts: plain values, all that decides the result beside alvts' code.
         """
         text = json.dumps({**facts, "code": _code()}, sort_keys=True)
-        key = hashlib.sha256(text.encode()).hexdigest()[:24]
-        self.folder = cache_folder() / "eval" / key
+        self.key = hashlib.sha256(text.encode()).hexdigest()[:24]
+        self._lock = ExitStack()
+        self.folder: Path | None = None
+
+    def __enter__(self) -> "Store":
+        try:
+            folder = cache_folder() / "eval" / self.key
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.enter_context(locked(folder, "the same evaluation"))
+            self.folder = folder
+        except (AlvtsError, OSError) as error:
+            self._do_without(error)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lock.close()
+
+    @property
+    def kept(self) -> bool:
+        """Whether something of this run is on disk."""
+        return self.folder is not None and self.folder.exists()
 
     def load(self, batch: int) -> Any | None:
         """What was saved of a batch, or None. A damaged file counts as none."""
+        if self.folder is None:
+            return None
         try:
-            return json.loads(self._path(batch).read_text())
-        except (OSError, ValueError):
+            return json.loads(read_text(self._path(self.folder, batch)))
+        except (AlvtsError, ValueError, RecursionError):
             return None
 
     def save(self, batch: int, results: Any) -> None:
-        """Keep a finished batch.
-
-        Raises:
-            AlvtsError: the folder cannot be written.
-        """
+        """Keep a finished batch."""
+        if self.folder is None:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise AlvtsError(f"cannot make {self.folder}: {error.strerror or error}") from error
-        write_whole(self._path(batch), json.dumps(results).encode())
+            write_whole(self._path(self.folder, batch), json.dumps(results).encode())
+        except (AlvtsError, OSError) as error:
+            self._do_without(error)
 
     def remove(self) -> None:
         """Forget the run."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, batch: int) -> Path:
-        return self.folder / f"batch-{batch:05}.json"
+    def _do_without(self, error: Exception) -> None:
+        self.folder = None
+        warnings.warn(f"finished batches are not kept: {error}", stacklevel=3)
+
+    @staticmethod
+    def _path(folder: Path, batch: int) -> Path:
+        return folder / f"batch-{batch:05}.json"
 
 
 def _code() -> str:

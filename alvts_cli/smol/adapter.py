@@ -3,8 +3,12 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 from torch import Tensor
+
+from ..errors import AlvtsError
+from ..files import read_bytes
 
 _SCALE = ".scale"
 
@@ -25,8 +29,15 @@ def save_adapter(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def load_adapter(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of `save_adapter`, or of one that holds floats, in float32."""
-    packed = load_file(path)
+    """The tensors of a file of `save_adapter`, or of one that holds floats, in float32.
+
+    Raises:
+        AlvtsError: no such file, or not a safetensors file.
+    """
+    try:
+        packed = load(read_bytes(path, "adapter"))
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise AlvtsError(f"{path} is not a safetensors file: {error}") from None
     return {
         name: tensor.float() * packed[name + _SCALE][:, None]
         if name + _SCALE in packed

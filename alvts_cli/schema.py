@@ -1,0 +1,76 @@
+"""What is read from files, checked in one way: JSON without surprises, then a pydantic schema."""
+
+import json
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from .errors import AlvtsError
+
+Checked = TypeVar("Checked")
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""A whole number of at least 0; no larger than a double holds exactly, as JSON promises."""
+
+Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""Any whole number of 64 bits."""
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+"""Neither infinite nor not a number."""
+
+
+class Record(BaseModel):
+    """An object of JSON. Types are taken at their word, and unknown names are left out."""
+
+    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """A value out of JSON as the standard has it.
+
+    Raises:
+        ValueError: it is none, it nests too deep, a name stands twice in an object, or a number is
+            NaN or infinite.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it nests too deep") from None
+
+
+def check(schema: type[Checked] | TypeAdapter[Checked], value: Any, what: str) -> Checked:
+    """A value from `parse_json`, checked.
+
+    Args:
+        schema: a `Record`, or another type that pydantic knows.
+        value: plain.
+        what: where it is from, for the message.
+
+    Raises:
+        AlvtsError: the first thing that is wrong with it, by its name.
+    """
+    adapter = schema if isinstance(schema, TypeAdapter) else TypeAdapter(schema)
+    try:
+        # As JSON again: there, a strict schema takes a list for a tuple.
+        return adapter.validate_json(json.dumps(value, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        raise AlvtsError(f"{what} is not valid: a text in it is not Unicode") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        why = first["msg"].removeprefix("Value error, ")
+        about = f"{where!r}: {why}" if where else why
+        raise AlvtsError(f"{what} is not valid: {about[:200]}") from None
+    except AlvtsError as error:
+        raise AlvtsError(f"{what} is not valid: {str(error)[:200]}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands twice in an object")
+    return found
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
