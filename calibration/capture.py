@@ -111,10 +111,13 @@ def run_layer(
     """The output `[B, T, D]` of `layer` for `hidden` of that shape, on the layer's device."""
     device = layer.input_layernorm.weight.device
     hidden, (cos, sin) = hidden.to(device), positions
+    # For layers that scale their queries by them.
+    ids = torch.arange(hidden.shape[1], device=device)[None]
     out: Tensor = layer(
         hidden,
         attention_mask=build_mask(implementation, hidden, 0, None, None),
         **{POSITIONS: (cos.to(device), sin.to(device))},
+        position_ids=ids,
         use_cache=False,
     )
     return out

@@ -121,7 +121,13 @@ def fit_carries(
         found.append(carry.to(torch.device("cpu"), norms[i].dtype))
         for one, forward in zip(states, forwards, strict=True):
             hidden, positions = on_device(layer, one)
-            kwargs = {POSITIONS: positions, "attention_mask": None, "use_cache": False}
+            ids = torch.arange(hidden.shape[1], device=device)[None]
+            kwargs = {
+                POSITIONS: positions,
+                "position_ids": ids,
+                "attention_mask": None,
+                "use_cache": False,
+            }
             changed = forward.before(i, layer, hidden, kwargs)
             if changed is None:
                 output = run_layer(layer, implementation, hidden, positions)

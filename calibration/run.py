@@ -13,6 +13,7 @@ from alvts_cli import __version__
 from alvts_cli.artifact import Artifact, CalibrationRecord, LayerFit, fingerprint
 from alvts_cli.data import Reader, Sample
 from alvts_cli.engine import Carry, default_carry_rank, default_rank, paper_rank
+from alvts_cli.engine.probe import check_layers
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of
 from alvts_cli.prompts import build_inputs
@@ -91,6 +92,7 @@ def calibrate(
     watch = watch or Watch()
     family = family_of(model)
     family.check(model)
+    check_layers(model)
     config: Any = family.text_model(model).config
     layers: Any = family.layers(model)
     paper = settings.form == "paper"

@@ -14,6 +14,7 @@ from tiny import CACHE, IMAGE, VIDEO, Selectors
 from torch import Tensor
 
 from alvts_cli.engine import PAPER, Forward, Policy
+from alvts_cli.families import family_of
 
 
 def added_features(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -23,9 +24,9 @@ def added_features(model: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
 
     def look(module: Any, args: Any, kwargs: Any) -> None:
         if outputs:
-            added.append(args[0] - outputs[-1])
+            added.append((args[0] if args else kwargs["hidden_states"]) - outputs[-1])
 
-    layers = model.model.language_model.layers
+    layers = family_of(model).layers(model)
     handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
     handles += [
         layer.register_forward_hook(lambda m, a, output: outputs.append(output)) for layer in layers

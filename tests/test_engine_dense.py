@@ -148,7 +148,7 @@ def test_selectors_of_another_model_are_refused():
 
 
 def test_unknown_architectures_are_named():
-    with pytest.raises(AlvtsError, match=r"'gpt2'.*llava, llava_next, qwen2_5_vl, qwen3_vl"):
+    with pytest.raises(AlvtsError, match=r"'gpt2'.*llava, .*qwen3_vl"):
         family_of(type("Config", (), {"model_type": "gpt2"})())
 
 

@@ -53,11 +53,7 @@ _TEXT: dict[str, Any] = dict(
 
 
 def make_model(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
-    """A model in eval mode with the same random weights at every call.
-
-    Weights are spread wider than a fresh model's, so that attention is far from uniform and
-    different tokens give clearly different outputs.
-    """
+    """A model in eval mode with the same random weights at every call."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=16,
@@ -144,11 +140,20 @@ def make_model(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float
         )
     else:
         raise ValueError(family)
+    return randomise(model, attn).to(dtype)
+
+
+def randomise(model: Any, attn: str = "sdpa") -> Any:
+    """Give every weight a random value of our own; in eval mode.
+
+    Weights are spread wider than a fresh model's, so that attention is far from uniform and
+    different tokens give clearly different outputs.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name and parameter.dim() == 1 and name.endswith("weight"):
                 parameter.copy_(1 + 0.3 * torch.randn_like(parameter))
-            elif "language_model" in name or "lm_head" in name:
+            elif any(part in name for part in ("language_model", "text_model", "lm_head")):
                 parameter.copy_(torch.randn_like(parameter) * 0.25)
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.3)
@@ -158,7 +163,7 @@ def make_model(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
     model.generation_config.suppress_tokens = [PAD, IMAGE, VIDEO, VISION_START]
-    return model.to(dtype).eval()
+    return model.eval()
 
 
 @dataclass

@@ -14,6 +14,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from ..errors import AlvtsError
 from ..families import family_of
+from ..families.layer import parts_of
 from .cache import SelectiveLayer, prepare_cache
 from .calls import POSITIONS, cache_of, check_layer_call, check_output, warn_if_untested
 from .carry import Carry
@@ -24,6 +25,7 @@ from .masks import check_bias, mask_style
 from .paper import PaperSelector, paper_importance
 from .plan import Plan, make_plan, read_inputs
 from .policy import PAPER, Picked, Policy, policy_for
+from .probe import check_layers
 from .scoring import LayerSelector, importance, text_rows
 
 _attached: WeakSet[nn.Module] = WeakSet()
@@ -94,8 +96,8 @@ class SelectorScorer:
         assert selector is not None
         if isinstance(selector, PaperSelector):
             return paper_importance(hidden, selector, plan.visual, plan.text, plan.padded)
-        positions = layer_kwargs[POSITIONS]
-        rows = text_rows(layer, hidden, positions, plan.asking_index, plan.asking_valid)
+        positions, ids = layer_kwargs[POSITIONS], layer_kwargs.get("position_ids")
+        rows = text_rows(layer, hidden, positions, plan.asking_index, plan.asking_valid, ids)
         return importance(hidden, selector, rows, positions, plan.visual, plan.places, plan.real())
 
 
@@ -140,11 +142,11 @@ def attach(
                 f"layer {i} has no selector but keep={resolved.values[i]}; keep 1.0 or 0 there"
             )
         if selector is not None:
-            mine = f"a width of {selector.width}"
-            its = f"a width of {layers[i].input_layernorm.weight.shape[0]}"
+            parts = parts_of(layers[i])
+            mine, its = f"a width of {selector.width}", f"a width of {len(parts.norm.weight)}"
             if isinstance(selector, LayerSelector):
                 mine += f" and keys of {selector.up.shape[0]}"
-                its += f" and keys of {layers[i].self_attn.k_proj.out_features}"
+                its += f" and keys of {parts.key.out_features}"
             if mine != its:
                 raise AlvtsError(
                     f"the selector of layer {i} is for {mine} but the model has {its}; "
@@ -259,6 +261,7 @@ class Attachment:
         self._keep = keep
         self._pieces = pieces or Pieces()
         mask_style(self._config._attn_implementation)
+        check_layers(model)
         if any(weight.device.type == "meta" for weight in self._backbone.parameters()):
             raise AlvtsError(
                 "part of the model is offloaded, which alvts does not support; "

@@ -17,7 +17,7 @@ from .mass import log_mass
 from .merging import gather_hidden, gather_positions, merge
 from .plan import Plan
 from .policy import PAPER, Policy
-from .scoring import LayerSelector, latent_of
+from .scoring import LayerSelector, latent_of, scaled_by_position
 from .selecting import positions_of, select
 
 Phase = Callable[[str], AbstractContextManager[object]]
@@ -219,9 +219,7 @@ class Forward:
             **kwargs,
             "attention_mask": mask,
             POSITIONS: choice.positions,
-            # The rotary tables carry the positions. FlashAttention would take ids with gaps for
-            # several packed sequences.
-            "position_ids": None,
+            "position_ids": self._position_ids(layer, kwargs, index),
         }
 
     def after(self, output: Tensor) -> Tensor | None:
@@ -237,6 +235,14 @@ class Forward:
                 # A new tensor, unless it was ours before.
                 in_place = in_place or not torch.is_grad_enabled()
             return merge(hidden, running.index, output, running.valid, in_place)
+
+    def _position_ids(self, layer: Any, kwargs: dict[str, Any], index: Tensor) -> Tensor | None:
+        """None wherever a layer can do without, for the rotary tables carry the positions, and
+        FlashAttention would take ids with gaps for several packed sequences."""
+        if scaled_by_position(layer) is None:
+            return None
+        ids: Tensor = kwargs["position_ids"].to(index.device)
+        return ids.expand(len(index), -1).gather(1, index)
 
     def _whole(
         self, hidden: Tensor, kwargs: dict[str, Any], past: SelectiveLayer | None

@@ -10,13 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from ..errors import AlvtsError
+from ..families import family_of
+from ..families.layer import parts_of
 from .calls import POSITIONS
-from .scoring import asking
+from .scoring import asking, rotate, text_rows
 
 _NAME = "alvts_probe"
 
@@ -37,10 +41,16 @@ class Projected:
 
 
 class _Reached(Exception):
-    """Carries what was handed to the attention kernel out of the attention."""
+    """Carries what was handed to the attention kernel out of the attention.
 
-    def __init__(self, projected: Projected) -> None:
+    Attributes:
+        projected: queries and keys.
+        more: whatever else the kernel was told.
+    """
+
+    def __init__(self, projected: Projected, more: dict[str, Any]) -> None:
         self.projected = projected
+        self.more = more
 
 
 def _stop(
@@ -52,7 +62,7 @@ def _stop(
     scaling: float,
     **kwargs: Any,
 ) -> NoReturn:
-    raise _Reached(Projected(query, key, scaling))
+    raise _Reached(Projected(query, key, scaling), kwargs)
 
 
 AttentionInterface.register(_NAME, _stop)
@@ -69,15 +79,24 @@ def _stopping(config: Any) -> Iterator[None]:
         config._attn_implementation = usual
 
 
-@torch.no_grad()
 def project(layer: Any, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Projected:
     """What `layer` would hand to its attention kernel; no cache is touched.
+
+    A layer that scales its queries by their positions is given those of a prompt without padding.
 
     Args:
         layer: a decoder layer.
         hidden: its input `[B, T, D]`.
         positions: `(cos, sin)` as the layer takes them.
     """
+    ids = torch.arange(hidden.shape[1], device=hidden.device)[None]
+    return _reach(layer, hidden, positions, ids).projected
+
+
+@torch.no_grad()
+def _reach(
+    layer: Any, hidden: Tensor, positions: tuple[Tensor, Tensor], position_ids: Tensor
+) -> _Reached:
     device = layer.input_layernorm.weight.device
     cos, sin = positions
     with _stopping(layer.self_attn.config):
@@ -86,10 +105,95 @@ def project(layer: Any, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Pro
                 hidden_states=layer.input_layernorm(hidden.to(device)),
                 **{POSITIONS: (cos.to(device), sin.to(device))},
                 attention_mask=None,
+                position_ids=position_ids.to(device),
             )
         except _Reached as reached:
-            return reached.projected
+            return reached
     raise RuntimeError(f"{type(layer.self_attn).__name__} did not call its attention kernel")
+
+
+@torch.no_grad()
+def check_layers(model: Any) -> None:
+    """Refuse a model whose decoder makes its queries and keys in another way than scoring does.
+
+    Two random tokens go through every layer's projections, norms and rotary positions as scoring
+    knows them, and through the layer itself up to its attention kernel. That a model is of a known
+    architecture says nothing of this: its text model varies.
+
+    Raises:
+        AlvtsError: they differ, or the kernel is told more than alvts knows.
+    """
+    family = family_of(model)
+    backbone = family.backbone(model)
+    if backbone in _checked:
+        return
+    width = _table_width(family.text_model(model))
+    generator = torch.Generator().manual_seed(0)
+    angle = torch.rand(1, 2, width // 2, generator=generator).repeat(1, 1, 2) * 6
+    layers: Any = family.layers(model)
+    for i, layer in enumerate(layers):
+        own = parts_of(layer)
+        weight = own.norm.weight
+        hidden = torch.randn(1, 2, len(weight), generator=generator).to(weight)
+        positions = angle.cos().to(weight), angle.sin().to(weight)
+        index = torch.arange(2, device=weight.device)[None]
+        # Far enough apart that a scale by position shows.
+        ids = 10**6 * index
+        why = None
+        try:
+            reached = _reach(layer, hidden, positions, ids)
+            rows = text_rows(layer, hidden, positions, index, torch.ones_like(index) > 0, ids)
+            keys = rotate(_heads(own.key(own.norm(hidden)), own.head_dim, own.key_norm), positions)
+            if not _alike(rows.query, reached.projected.query):
+                why = "makes its queries"
+            elif not _alike(keys, reached.projected.key):
+                why = "makes its keys"
+            elif rows.scaling != reached.projected.scaling:
+                why = "scales its logits"
+            elif any(reached.more.get(name) is not None for name in _UNKNOWN_TO_SCORING):
+                why = "makes its attention"
+        except (TypeError, AttributeError, RuntimeError, IndexError) as error:
+            # Whatever it wants that scoring does not give it.
+            why = f"makes its queries ({type(error).__name__})"
+        if why is not None:
+            raise AlvtsError(
+                f"layer {i} of this model, a {type(layer).__name__}, {why} in another way than "
+                "alvts scores: it would choose the wrong tokens; run without alvts"
+            )
+    _checked.add(backbone)
+
+
+_checked: WeakSet[nn.Module] = WeakSet()
+
+_UNKNOWN_TO_SCORING = ("softcap", "s_aux")
+
+
+def _table_width(text_model: Any) -> int:
+    """Numbers in a row of the decoder's rotary tables.
+
+    Raises:
+        AlvtsError: it has no such tables.
+    """
+    buffers = getattr(text_model, "rotary_emb", nn.Module()).named_buffers()
+    for name, frequencies in buffers:
+        if name.endswith("inv_freq"):
+            return 2 * frequencies.numel()
+    raise AlvtsError(
+        f"the decoder {type(text_model).__name__} has no rotary positions, "
+        "which alvts does not know how to score; run without alvts"
+    )
+
+
+def _heads(states: Tensor, size: int, norm: Any) -> Tensor:
+    """`[B, T, G * d]` as heads `[B, G, T, d]`, through their norm where there is one."""
+    heads = states.unflatten(-1, (-1, size))
+    return (heads if norm is None else norm(heads)).transpose(1, 2)
+
+
+def _alike(ours: Tensor, its: Tensor) -> bool:
+    """Equal but for rounding."""
+    close = 0.03 * float(its.float().abs().max())
+    return ours.shape == its.shape and bool(((ours.float() - its.float()).abs() <= close).all())
 
 
 def row_attention(projected: Projected, rows: Tensor, columns: Tensor) -> Tensor:

@@ -133,6 +133,7 @@ def text_rows(
     positions: tuple[Tensor, Tensor],
     index: Tensor,
     valid: Tensor,
+    position_ids: Tensor | None = None,
 ) -> TextRows:
     """The queries that `layer` will make of some tokens.
 
@@ -141,15 +142,28 @@ def text_rows(
         hidden: its input `[B, T, D]`.
         positions: `(cos, sin)` as the layer takes them, `[B or 1, T, d]`.
         index, valid: `[B, M]`, as `selecting.positions_of` gives them.
+        position_ids: int64 `[B or 1, T]`, for a layer that scales its queries by them.
     """
     attention = layer.self_attn
     states = attention.q_proj(layer.input_layernorm(gather_hidden(hidden, index)))
     states = states.unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, "q_norm", None)
     query = (states if norm is None else norm(states)).transpose(1, 2)
-    return TextRows(
-        rotate(query, gather_positions(positions, index)), index, valid, attention.scaling
-    )
+    query = rotate(query, gather_positions(positions, index))
+    scaled = scaled_by_position(layer)
+    if scaled is not None and position_ids is not None:
+        beta, longest = scaled
+        ids = position_ids.expand(len(index), -1).gather(1, index)
+        query = query * (1 + beta * (1 + ids // longest).log()).to(query)[:, None, :, None]
+    return TextRows(query, index, valid, attention.scaling)
+
+
+def scaled_by_position(layer: Any) -> tuple[float, int] | None:
+    """Of a layer that multiplies its queries at position `p` by `1 + beta * log(1 + p // longest)`,
+    as Llama 4 and Ministral 3 do: `beta` and `longest`; else None."""
+    rope = getattr(getattr(layer.self_attn, "config", None), "rope_parameters", None) or {}
+    beta = rope.get("llama_4_scaling_beta")
+    return None if beta is None else (beta, rope["original_max_position_embeddings"])
 
 
 def rotate(states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:

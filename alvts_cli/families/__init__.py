@@ -1,19 +1,12 @@
-"""The supported architectures, one thin declarative file each."""
+"""The supported architectures: a table, and a file for each that is more than its row."""
 
 from typing import Any
 
 from ..errors import AlvtsError
-from . import llava, llava_next, qwen2_5_vl, qwen3_vl
-from .base import Family
+from .base import CAUSAL, Family
 from .layer import QueryKey
 from .layout import View
-
-FAMILIES: tuple[Family, ...] = (
-    llava.FAMILY,
-    llava_next.FAMILY,
-    qwen2_5_vl.FAMILY,
-    qwen3_vl.FAMILY,
-)
+from .table import FAMILIES, REFUSED
 
 __all__ = ["FAMILIES", "Family", "QueryKey", "View", "family_of"]
 
@@ -22,12 +15,17 @@ def family_of(model_or_config: Any) -> Family:
     """The family of a model, or of a model's config.
 
     Raises:
-        AlvtsError: no family declares this `model_type`.
+        AlvtsError: no family declares this `model_type`, or one that cannot run.
     """
     config = getattr(model_or_config, "config", model_or_config)
     model_type = getattr(config, "model_type", None)
     for family in FAMILIES:
         if model_type in family.model_types:
+            if family.mask != CAUSAL:
+                raise AlvtsError(f"alvts does not support {family.name}: {family.mask}")
             return family
-    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    if model_type in REFUSED:
+        raise AlvtsError(f"alvts does not support {model_type}: {REFUSED[model_type]}")
+    able = (family for family in FAMILIES if family.mask == CAUSAL)
+    known = ", ".join(name for family in able for name in family.model_types)
     raise AlvtsError(f"alvts does not know the architecture {model_type!r}; it knows: {known}")

@@ -10,19 +10,28 @@ from ..errors import AlvtsError
 from .layer import QueryKey, describe
 from .layout import View, layout
 
+CAUSAL = "causal"
+
 
 @dataclass(frozen=True)
 class Family:
-    """Declares one family: its name, its `config.model_type`s, and where its visual ids are.
+    """Declares one family; one that differs in more than the facts below overrides a method.
 
-    The text backbones (Llama, Mistral, Qwen2) share their attribute names, so the methods below
-    serve all families; a family whose names differ overrides the method.
+    Attributes:
+        name: in words.
+        model_types: its `config.model_type`s.
+        visual_token_ids: names of the config attributes with the ids that mark a visual token in
+            `input_ids`.
+        mask: `CAUSAL` where a token sees itself and all before it, whatever these are; else what is
+            different, which no check can see and for which the family is refused.
+        decoder: name of the decoder in the module whose forward sees `input_ids`.
     """
 
     name: str
     model_types: tuple[str, ...]
     visual_token_ids: tuple[str, ...]
-    """Names of the config attributes with the ids that mark a visual token in `input_ids`."""
+    mask: str
+    decoder: str = "language_model"
 
     def backbone(self, model: Any) -> nn.Module:
         """The module whose forward sees `input_ids`."""
@@ -30,7 +39,8 @@ class Family:
 
     def text_model(self, model: Any) -> nn.Module:
         """The decoder, whose `config` is the text config."""
-        return model.model.language_model
+        found: nn.Module = getattr(model.model, self.decoder)
+        return found
 
     def layers(self, model: Any) -> nn.ModuleList:
         """The decoder layers, in order."""
@@ -47,12 +57,6 @@ class Family:
     def query_key(self, layer: Any) -> QueryKey:
         """The projections of one decoder layer; see `layer.describe`."""
         return describe(layer)
-
-    def logits(self, model: Any, hidden: Tensor) -> Tensor:
-        """Output of the last decoder layer `[B, T, D]` -> logits `[B, T, V]`."""
-        states: Tensor = self.text_model(model).norm(hidden)  # type: ignore[operator]
-        logits: Tensor = model.lm_head(states.to(model.lm_head.weight.device))
-        return logits
 
     def layout(
         self, model: Any, processor: Any, inputs: Mapping[str, Tensor], sizes: Sequence[Any]

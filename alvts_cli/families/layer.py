@@ -1,7 +1,7 @@
 """One description of a decoder layer, read off the layer itself.
 
 Architecture and text model vary apart (a LLaVA may have Llama, Qwen2 or Qwen3 behind it), so what
-a layer does in front of its attention kernel is not told by any list of names: `describe` looks.
+a layer does in front of its attention kernel is not told by any list of names: `parts_of` looks.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,27 @@ from ..errors import AlvtsError
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What stands between a decoder layer's input and its attention kernel.
+
+    Attributes:
+        norm: the RMSNorm of the input.
+        query, key: the projections.
+        query_norm, key_norm: the RMSNorm of each head in front of the rotary positions, or None.
+        head_dim: size of a head.
+    """
+
+    norm: Any
+    query: Any
+    key: Any
+    query_norm: Any
+    key_norm: Any
+    head_dim: int
+
+
+@dataclass(frozen=True)
 class QueryKey:
-    """A layer's query and key projections and the norms before and behind them.
+    """The numbers in a layer's query and key projections and in the norms before and behind them.
 
     `w_q` is `[num_heads * head_dim, D]`, `w_k` is `[num_kv_heads * head_dim, D]` (not repeated),
     the biases are `[num_heads * head_dim]` / `[num_kv_heads * head_dim]` or None, and
@@ -38,14 +57,13 @@ class QueryKey:
     k_norm: Tensor | None = None
 
 
-def describe(layer: Any) -> QueryKey:
-    """The projections and norms of one decoder layer.
+def parts_of(layer: Any) -> Parts:
+    """The parts of one decoder layer.
 
     Raises:
-        AlvtsError: it has other parts than alvts knows, or its weights are quantised, so no matrix
-            can be read from them.
+        AlvtsError: it has others than alvts knows.
     """
-    attention, norm = getattr(layer, "self_attn", None), getattr(layer, "input_layernorm", None)
+    attention = getattr(layer, "self_attn", None)
     for part, names in (
         (layer, ("self_attn", "input_layernorm")),
         (attention, ("q_proj", "k_proj", "head_dim", "scaling")),
@@ -53,34 +71,52 @@ def describe(layer: Any) -> QueryKey:
         for name in names:
             if not hasattr(part, name):
                 raise AlvtsError(
-                    f"alvts cannot select in a {type(layer).__name__}: it has no {name}"
+                    f"alvts cannot select in a {type(layer).__name__}: it has no {name}; "
+                    "run without alvts"
                 )
     assert attention is not None
-    for projection in (attention.q_proj, attention.k_proj):
+    return Parts(
+        layer.input_layernorm,
+        attention.q_proj,
+        attention.k_proj,
+        getattr(attention, "q_norm", None),
+        getattr(attention, "k_norm", None),
+        attention.head_dim,
+    )
+
+
+def describe(layer: Any) -> QueryKey:
+    """The projections and norms of one decoder layer.
+
+    Raises:
+        AlvtsError: it has other parts than alvts knows, or its weights are quantised, so no matrix
+            can be read from them.
+    """
+    parts = parts_of(layer)
+    for projection in (parts.query, parts.key):
         if not torch.is_floating_point(projection.weight):
             raise AlvtsError(
                 "the query and key projections are quantised and cannot be read; "
                 "load the model in bfloat16, float16 or float32"
             )
-    eps = norm_eps(norm)
-    heads = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    eps, heads = norm_eps(parts.norm), (parts.query_norm, parts.key_norm)
     if any(head is not None and norm_eps(head) != eps for head in heads):
         raise AlvtsError(
             f"alvts cannot select in a {type(layer).__name__}: its norms differ in epsilon"
         )
-    size = attention.head_dim
+    q_norm, k_norm = (None if head is None else norm_weight(head) for head in heads)
     return QueryKey(
-        w_q=attention.q_proj.weight,
-        b_q=attention.q_proj.bias,
-        w_k=attention.k_proj.weight,
-        b_k=attention.k_proj.bias,
-        num_heads=attention.q_proj.weight.shape[0] // size,
-        num_kv_heads=attention.k_proj.weight.shape[0] // size,
-        head_dim=size,
-        norm_weight=norm_weight(norm),
+        w_q=parts.query.weight,
+        b_q=parts.query.bias,
+        w_k=parts.key.weight,
+        b_k=parts.key.bias,
+        num_heads=parts.query.weight.shape[0] // parts.head_dim,
+        num_kv_heads=parts.key.weight.shape[0] // parts.head_dim,
+        head_dim=parts.head_dim,
+        norm_weight=norm_weight(parts.norm),
         norm_eps=eps,
-        q_norm=None if heads[0] is None else norm_weight(heads[0]),
-        k_norm=None if heads[1] is None else norm_weight(heads[1]),
+        q_norm=q_norm,
+        k_norm=k_norm,
     )
 
 

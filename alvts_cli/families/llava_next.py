@@ -64,8 +64,3 @@ def _tiles(config: Any, size: list[int]) -> tuple[Box, int, int]:
         *(share(last % columns + 1, 1), share(last // columns + 1, 0)),
     )
     return box, *numbered.shape
-
-
-FAMILY = LlavaNext(
-    name="LLaVA-NeXT", model_types=("llava_next",), visual_token_ids=("image_token_id",)
-)
