@@ -13,11 +13,13 @@ from .options import (
     MOST,
     DeviceOption,
     DTypeOption,
+    FromOption,
     KeepOption,
     ModelOption,
     SelectorsOption,
     TrustOption,
     check_keep,
+    check_plots,
 )
 
 TEXT_TOKENS = 64
@@ -90,6 +92,18 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write everything measured here.")
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw prefill speed-ups against the layer average here: .svg or .png."),
+    ] = None,
+    answers: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="With --plot: draw the answers kept, of a file of `alvts eval --json` "
+            "(repeatable), against the speed-up."
+        ),
+    ] = None,
+    earlier: FromOption = None,
     gate: Annotated[
         list[str] | None,
         typer.Option(
@@ -112,6 +126,17 @@ def bench(
     Without --image the prompt is made up, of the family's usual size. A failed gate and a
     regression exit with 1.
     """
+    check_plots(plot, earlier)
+    if answers and plot is None:
+        raise typer.BadParameter("only with --plot", param_hint="--answers")
+    if plot is not None:
+        from ..plots.files import read_bench, read_eval
+        from ..plots.speed import plot_speed
+
+        scores = [read_eval(path) for path in answers or []]
+        if earlier:
+            plot_speed([read_bench(path) for path in earlier], scores, plot)
+            return
     gates, tolerance = _conditions(gate, baseline, max_regression)
     check_keep(keep)
     peers = _peers(against)
@@ -169,9 +194,9 @@ def bench(
         result = measure(subject, runs, peers, on_run=lambda: progress.advance(task))
     surroundings = environment(subject.model)
     console(aside).print(to_table(result, subject.settings, surroundings, profile))
+    written = to_json(result, subject.settings, surroundings)
     if json_file is not None:
-        text = json.dumps(to_json(result, subject.settings, surroundings), indent=1)
-        write_whole(json_file, f"{text}\n".encode())
+        write_whole(json_file, f"{json.dumps(written, indent=1)}\n".encode())
 
     checked = [condition.check(result.figures) for condition in gates]
     lines = [line for _, line in checked]
@@ -180,6 +205,8 @@ def bench(
         lines += worse or [f"no regression against {baseline}"]
     for line in lines:
         say(line, error=aside)
+    if plot is not None:
+        plot_speed([written], scores, plot)
     if worse or not all(passed for passed, _ in checked):
         raise typer.Exit(1)
 

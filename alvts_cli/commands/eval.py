@@ -15,11 +15,13 @@ from .options import (
     ColumnsOption,
     DeviceOption,
     DTypeOption,
+    FromOption,
     ImageFolderOption,
     ModelOption,
     SeedOption,
     SelectorsOption,
     TrustOption,
+    check_plots,
     print_skipped,
     read_columns,
 )
@@ -89,6 +91,11 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all figures and answers here.")
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw answers kept against the layer average here: .svg or .png."),
+    ] = None,
+    earlier: FromOption = None,
     gate: Annotated[
         list[str] | None,
         typer.Option(
@@ -103,6 +110,13 @@ def evaluate(
     An interrupted run goes on where it stopped when the same command is given again. A failed gate
     exits with 1.
     """
+    check_plots(plot, earlier)
+    if plot is not None and earlier:
+        from ..plots.answers import plot_answers
+        from ..plots.files import read_eval
+
+        plot_answers([read_eval(path) for path in earlier], plot)
+        return
     names = _methods(methods, paper_selectors is not None)
     budgets = _budgets(keep)
     gates = _gates(gate, names, list(budgets), time)
@@ -163,18 +177,22 @@ def evaluate(
         f"{loaded.name}, {surroundings['hardware']}, {facts['dtype']}, torch "
         f"{surroundings['torch']}, transformers {surroundings['transformers']}"
     )
+    whole = {
+        "format": FORMAT,
+        "settings": {"name": loaded.name, **facts},
+        "environment": surroundings,
+        "data": [one for one, _ in written],
+    }
     if json_file is not None:
-        whole = {
-            "format": FORMAT,
-            "settings": facts,
-            "environment": surroundings,
-            "data": [one for one, _ in written],
-        }
         write_whole(json_file, f"{json.dumps(whole, allow_nan=False)}\n".encode())
     for _, store in written:
         store.remove()
     for line in lines:
         say(line, error=aside)
+    if plot is not None:
+        from ..plots.answers import plot_answers
+
+        plot_answers([whole], plot)
     if not passed:
         raise typer.Exit(1)
 

@@ -5,11 +5,19 @@ from typing import Annotated
 
 import typer
 
+from .options import check_plots
+
 
 def info(
     file: Annotated[Path, typer.Argument(help="A selector file made by `alvts calibrate`.")],
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw what each layer keeps, and where it chooses: .svg or .png."),
+    ] = None,
 ) -> None:
     """Print what an artifact was fitted for, on what, and how well."""
+    check_plots(plot, None)
+
     from rich.table import Table
 
     from calibration.report import POLICY_NOTE, fit_table, policy_table
@@ -43,3 +51,7 @@ def info(
     if record.trials:
         out.print(policy_table(artifact))
         out.print(POLICY_NOTE)
+    if plot is not None:
+        from ..plots.budget import plot_budget
+
+        plot_budget(artifact, file.name, plot)

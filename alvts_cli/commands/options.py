@@ -50,6 +50,13 @@ ColumnsOption = Annotated[
         "found by their usual names.",
     ),
 ]
+FromOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--from",
+        help="With --plot: draw what earlier --json files hold (repeatable), and run nothing.",
+    ),
+]
 DeviceOption = Annotated[
     str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...; auto prefers a GPU.")
 ]
@@ -111,3 +118,18 @@ def check_keep(keep: str | None) -> None:
         resolve_keep(keep, keep.count(",") + 1)
     except AlvtsError as error:
         raise typer.BadParameter(str(error), param_hint="--keep") from None
+
+
+def check_plots(plot: Path | None, earlier: list[Path] | None) -> None:
+    """Refuse --from without --plot, and a --plot that cannot be drawn.
+
+    Raises:
+        typer.BadParameter: the one without the other.
+        AlvtsError: see `check_plot`.
+    """
+    if plot is not None:
+        from ..plots.chart import check_plot
+
+        check_plot(plot)
+    elif earlier:
+        raise typer.BadParameter("only with --plot", param_hint="--from")
