@@ -26,6 +26,16 @@ _CHATML = (
     "<|vision_start|>{token}<|vision_end|>",
     "<|im_end|>\n<|im_start|>assistant\n",
 )
+_SMOL = ("<|im_start|>User:", "{token}", "<end_of_utterance>\nAssistant:")
+_TURNS = {
+    "Qwen": _CHATML,
+    "InternVL": ("<|im_start|>user\n", "{token}\n", "<|im_end|>\n<|im_start|>assistant\n"),
+    "LlavaOnevision": ("<|im_start|>user ", "{token}\n", "<|im_end|><|im_start|>assistant\n"),
+    "Idefics3": _SMOL,
+    "SmolVLM": _SMOL,
+    "Pixtral": ("<s>[INST]", "{token}", "[/INST]"),
+}
+"""By how the name of the processor's class begins; `_LLAVA` for all others."""
 
 
 def first_turn(conversations: Any) -> tuple[str, str | None]:
@@ -149,8 +159,9 @@ def _render(processor: Any, parts: list[dict[str, str]]) -> str:
             raise AlvtsError(
                 f"the chat template of this model's processor fails: {error}"
             ) from error
-    chatml = type(processor).__name__.startswith("Qwen")
-    before, image, after = _CHATML if chatml else _LLAVA
+    name = type(processor).__name__
+    known = (turn for begin, turn in _TURNS.items() if name.startswith(begin))
+    before, image, after = next(known, _LLAVA)
     image = image.format(token=processor.image_token)
     return before + "".join(part.get("text", image) for part in parts) + after
 

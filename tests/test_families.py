@@ -16,7 +16,8 @@ from transformers import AutoModelForImageTextToText
 from zoo import KINDS, OLD, llava_config, make_zoo_model, text_config, zoo_inputs
 
 from alvts_cli import attach
-from alvts_cli.engine import LayerSelector, cache_of
+from alvts_cli.bench.inputs import synthetic_inputs
+from alvts_cli.engine import LayerSelector, Selection, cache_of, prefill_flops
 from alvts_cli.engine.probe import attention_means, check_layers, project
 from alvts_cli.engine.scoring import asking, means, places, text_rows
 from alvts_cli.engine.selecting import positions_of
@@ -257,6 +258,53 @@ def test_scores_are_of_the_layers_own_attention(kind):
             real = real * float((~visual).sum()) / index.shape[1]
             torch.testing.assert_close(got[visual], real[visual], rtol=1e-3, atol=1e-6)
     assert norms == {KINDS[kind].norms}
+
+
+@pytest.mark.parametrize(
+    ("kind", "visual"),
+    [
+        ("llava_onevision", 52 * 2 - 8 - 8),
+        ("internvl", 32),
+        ("idefics3", 32),
+        ("smolvlm", 16),
+        ("mistral3", 12),
+        ("qwen2_vl", 12),
+        ("qwen3_vl", 12),
+        ("qwen3_vl_moe", 7),
+    ],
+)
+def test_a_made_up_prompt_has_the_wanted_tokens(kind, visual):
+    """As `alvts bench` runs on, without a picture or a processor."""
+    model = a_model(kind)
+    wanted = None if kind == "llava_onevision" else visual
+    inputs = synthetic_inputs(model, 2, wanted, 8)
+    found = family_of(model).visual_mask(model, inputs["input_ids"]).sum(dim=1)
+    assert found.tolist() == [visual] * 2
+    assert inputs["input_ids"].shape[1] == visual + 8
+    with torch.no_grad(), attach(model, selectors_for(model), 0.25) as attachment:
+        assert model(**inputs).logits.isfinite().all()
+        assert attachment.last.visual_tokens == (visual, visual)
+    if kind in ("internvl", "mistral3"):
+        with pytest.raises(AlvtsError, match=r"visual[ -]tokens"):
+            synthetic_inputs(model, 1, 37, 8)
+
+
+def test_families_without_made_up_prompts_are_named():
+    with pytest.raises(AlvtsError, match="no images for ovis2; give --image"):
+        synthetic_inputs(a_model("ovis2"), 1, None, 8)
+
+
+def test_the_arithmetic_of_experts():
+    """Of 4 experts of 24 units a token goes through 2, and one number is made to choose each."""
+    plain, experts = (KINDS[kind].config().text_config for kind in ("qwen3_vl", "qwen3_vl_moe"))
+    tokens = [5] * 4
+    counted = [prefill_flops(text, tokens, Selection(), 5).layers for text in (plain, experts)]
+    mlps = 6 * WIDTH * 48, 6 * WIDTH * 2 * 24 + 2 * WIDTH * 4
+    assert counted[1] - counted[0] == 4 * 5 * (mlps[1] - mlps[0])
+    experts.mlp_only_layers = [1, 2]
+    assert prefill_flops(experts, tokens, Selection(), 5).layers == counted[0] + 2 * 5 * (
+        mlps[1] - mlps[0]
+    )
 
 
 OTHERS = {

@@ -93,6 +93,27 @@ def test_qwens_own_prompt() -> None:
         build_inputs(processor, [PICTURE], "<|image_pad|> <image>")
 
 
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("InternVLProcessor", "<|im_start|>user\n<I>\nwhat?<|im_end|>\n<|im_start|>assistant\n"),
+        ("LlavaOnevisionProcessor", "<|im_start|>user <I>\nwhat?<|im_end|><|im_start|>assistant\n"),
+        ("SmolVLMProcessor", "<|im_start|>User:<I>what?<end_of_utterance>\nAssistant:"),
+        ("PixtralProcessor", "<s>[INST]<I>what?[/INST]"),
+        ("LlavaProcessor", "USER: <I>\nwhat? ASSISTANT:"),
+    ],
+)
+def test_prompts_without_a_chat_template(name: str, prompt: str) -> None:
+    def call(self: Any, text: list[str], **more: Any) -> Any:
+        self.text = text[0]
+        return {"input_ids": SimpleNamespace(shape=(1, 5))}
+
+    facts = dict(image_token="<I>", chat_template=None, __call__=call)
+    processor = type(name, (), facts | {"tokenizer": SimpleNamespace(bos_token="<s>")})()
+    build_inputs(processor, [PICTURE], "what?")
+    assert processor.text == prompt
+
+
 def test_prompts_without_room() -> None:
     processor = make_processor()
     with pytest.raises(AlvtsError, match=r"has 2 places for images .* but gets 1"):

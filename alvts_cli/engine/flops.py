@@ -60,7 +60,8 @@ def prefill_flops(
         projections  2 t D (H d)  for q,  2 t D (G d)  each for k and v,  2 t (H d) D  for o
         attention    2 d H  for Q K^T and the same for A V, per pair of a row and a column it may
                      see: t (t + 1) / 2 pairs, as the causal kernels compute them
-        MLP          3 * 2 t D I  (gate, up, down)
+        MLP          3 * 2 t D I  (gate, up, down); with `E` experts, of which a token goes through
+                     `e` of size `I`, 2 t D E for the choice and e * 3 * 2 t D I
 
     A selector of rank `R` over all `T` tokens, in every layer that ranks them anew:
 
@@ -86,7 +87,7 @@ def prefill_flops(
         text_tokens: `M`. A layer that runs on no more than these keeps no visual token, and is
             not scored.
     """
-    width, mlp = text_config.hidden_size, text_config.intermediate_size
+    width = text_config.hidden_size
     heads, kv_heads = text_config.num_attention_heads, text_config.num_key_value_heads
     head_dim = head_size(text_config)
     layers = scoring = 0
@@ -95,7 +96,7 @@ def prefill_flops(
     for i, tokens in enumerate(tokens_per_layer):
         projections = 2 * tokens * width * head_dim * (2 * heads + 2 * kv_heads)
         attention = 4 * head_dim * heads * tokens * (tokens + 1) // 2
-        layers += projections + attention + 6 * tokens * width * mlp
+        layers += projections + attention + tokens * _mlp_flops(text_config, i)
         if policy.carry and tokens < total_tokens:
             scoring += 4 * total_tokens * width * selection.carry_rank
         due = ranked is None or (policy.every > 0 and i - ranked >= policy.every)
@@ -114,6 +115,18 @@ def prefill_flops(
             if policy.mass:
                 scoring += 2 * total_tokens * tokens * rank
     return PrefillFlops(layers, scoring)
+
+
+def _mlp_flops(text_config: Any, layer: int) -> int:
+    """Of one token in a layer's MLP, the choice of its experts included."""
+    width = text_config.hidden_size
+    experts = getattr(text_config, "num_experts", None) or 0
+    step = getattr(text_config, "decoder_sparse_step", 1)
+    plain = layer in (getattr(text_config, "mlp_only_layers", None) or ())
+    if not experts or plain or (layer + 1) % step:
+        return int(6 * width * text_config.intermediate_size)
+    each = text_config.num_experts_per_tok * text_config.moe_intermediate_size
+    return int(6 * width * each + 2 * width * experts)
 
 
 def kv_bytes(cache: Any) -> int:
