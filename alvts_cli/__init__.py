@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import AlvtsError
 
 if TYPE_CHECKING:
-    from .engine.attaching import attach
+    from .attaching import attach
 
 __version__ = "0.1.0"
 __all__ = ["AlvtsError", "__version__", "attach"]
@@ -16,7 +16,7 @@ __all__ = ["AlvtsError", "__version__", "attach"]
 
 def __getattr__(name: str) -> Any:
     if name == "attach":
-        from .engine.attaching import attach
+        from .attaching import attach
 
         return attach
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -90,7 +90,7 @@ def test_a_failed_forward_leaves_nothing_for_the_next():
         with pytest.raises(ZeroDivisionError):
             model(**inputs)
         handle.remove()
-        assert attachment._forward is None
+        assert attachment._state.forward is None
         assert torch.equal(model(**inputs).logits, good)
 
 

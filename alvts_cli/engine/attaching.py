@@ -1,11 +1,12 @@
 """Put the selection into a model with hooks, and take it out again without a trace."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 from weakref import WeakSet
 
 import torch
@@ -129,6 +130,7 @@ def attach(
             an invalid `keep`, selectors of another model, selectors without what the policy
             needs, or a model that is attached already.
     """
+    check_whole(model)
     layers: Any = family_of(model).layers(model)
     if len(selectors.layers) != len(layers):
         raise AlvtsError(
@@ -154,8 +156,30 @@ def attach(
                 )
     if policy is None:
         policy = policy_of(selectors, resolved)
-    scorer = SelectorScorer(_placed(selectors.layers, layers))
-    return Attachment(model, scorer, resolved, make_pieces(model, selectors, policy), compile)
+    chosen = policy
+
+    def place() -> tuple[Scorer, Pieces]:
+        return SelectorScorer(_placed(selectors.layers, layers)), make_pieces(
+            model, selectors, chosen
+        )
+
+    return Attachment(model, place, resolved, compile)
+
+
+def check_whole(model: Any) -> None:
+    """Refuse a part of a model.
+
+    Raises:
+        AlvtsError: an unknown architecture, or a model without its backbone in it.
+    """
+    family = family_of(model)
+    try:
+        family.backbone(model), family.layers(model)
+    except AttributeError:
+        raise AlvtsError(
+            f"alvts attaches to the whole model, not to a part of it such as "
+            f"{type(model).__name__}; pass what generate is called on"
+        ) from None
 
 
 def _placed(selectors: Sequence[Selector | None], layers: Any) -> Sequence[Selector | None]:
@@ -222,19 +246,41 @@ def attach_scorer(
 ) -> "Attachment":
     """`attach` for any other way of ranking tokens; the same errors. `pieces` come from
     `make_pieces`; without them what is skipped is left alone."""
+    check_whole(model)
     if not isinstance(keep, Keep):
         keep = resolve_keep(keep, len(family_of(model).layers(model)))
-    return Attachment(model, scorer, keep, pieces)
+    made = scorer, pieces or Pieces()
+    return Attachment(model, lambda: made, keep)
+
+
+class _State:
+    """What is known of the forward that runs, if one does.
+
+    Attributes:
+        thread: that it runs in; 0 for none.
+    """
+
+    thread = 0
+    forward: Forward | None = None
+    cache: Any = None
+    first_hidden: Tensor | None = None
+    in_layer: AbstractContextManager[object] | None = None
+    merged: Tensor | None = None
+
+
+class _StateOfThread(_State, threading.local):
+    """The same for every thread."""
 
 
 class Attachment:
     """The hooks of one model. Made by `attach`; ends with the `with` block or by `detach()`.
 
     A KV cache filled while attached belongs to the attached model: it lacks the tokens that each
-    layer skipped.
+    layer skipped. Several threads may call the model at once, but not a compiled one. After
+    `model.to(...)` the selectors follow.
 
     Attributes:
-        last: what the latest forward with visual tokens kept, or None.
+        last: what the latest forward with visual tokens kept, in whichever thread, or None.
         phase: in a forward with visual tokens, `phase(name)` is entered around "score", "select"
             and "merge" of every selecting layer, and around "layer", every layer itself; a
             benchmark may put a timer here. While it is set, nothing runs compiled.
@@ -245,11 +291,18 @@ class Attachment:
     def __init__(
         self,
         model: Any,
-        scorer: Scorer,
+        place: Callable[[], tuple[Scorer, Pieces]],
         keep: Keep,
-        pieces: Pieces | None = None,
         compile: bool | Mapping[str, Any] = False,
     ) -> None:
+        """
+        Args:
+            model: see `attach`.
+            place: makes what ranks the tokens and what else happens to them, each where the
+                model's layers are and in their dtype; called again when these have changed.
+            keep: what each layer keeps.
+            compile: see `attach`.
+        """
         family = family_of(model)
         family.check(model)
         self._model = model
@@ -257,9 +310,7 @@ class Attachment:
         self._backbone = family.backbone(model)
         text_model: Any = family.text_model(model)
         self._config = text_model.config
-        self._scorer = scorer
         self._keep = keep
-        self._pieces = pieces or Pieces()
         mask_style(self._config._attn_implementation)
         check_layers(model)
         if any(weight.device.type == "meta" for weight in self._backbone.parameters()):
@@ -274,7 +325,14 @@ class Attachment:
         self.last: Prefill | None = None
         self.phase: Callable[[str], AbstractContextManager[object]] = no_phase
         self.watch: Watch | None = None
-        self._forget()
+        # torch.compile loses what is written to a state of a thread.
+        self._state = _StateOfThread() if compile is False else _State()
+        layers: Any = family.layers(model)
+        self._layers = layers
+        self._num_layers = len(layers)
+        self._place = place
+        self._placing = self._where()
+        self._scorer, self._pieces = place()
 
         self._uncompile: Callable[[], None] | None = None
         if compile is not False:
@@ -282,9 +340,6 @@ class Attachment:
             self._uncompile = compile_decoder(
                 text_model, self._plan_to_compile, self._set_plan, options
             )
-        layers: Any = family.layers(model)
-        self._layers = layers
-        self._num_layers = len(layers)
         self._handles = [
             self._backbone.register_forward_pre_hook(self._before_model, with_kwargs=True),
             # Always called, so that nothing of a forward that failed is left behind.
@@ -300,7 +355,24 @@ class Attachment:
         _attached.add(self._backbone)
 
     def __enter__(self) -> "Attachment":
+        """
+        Raises:
+            AlvtsError: it has ended.
+        """
+        if not self._handles:
+            raise AlvtsError("this attachment has ended; call attach again")
         return self
+
+    def __deepcopy__(self, memo: Any) -> NoReturn:
+        """Refused, and with it a copy of the model: nothing could end its selecting."""
+        raise AlvtsError("alvts is attached to this model; detach it before copying the model")
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refused, and with it pickling the model."""
+        raise AlvtsError(
+            "alvts is attached to this model; detach it before pickling the model, or use "
+            "save_pretrained"
+        )
 
     def __exit__(
         self,
@@ -323,22 +395,25 @@ class Attachment:
         _attached.discard(self._backbone)
 
     def _forget(self) -> None:
-        """Drop the state of a forward."""
-        self._forward: Forward | None = None
-        self._cache: Any = None
-        self._first_hidden: Tensor | None = None
-        self._in_layer: AbstractContextManager[object] | None = None
-        self._merged: Tensor | None = None
+        """Drop the state of this thread's forward."""
+        state = self._state
+        state.thread = 0
+        state.forward = state.cache = state.first_hidden = state.in_layer = state.merged = None
+
+    def _where(self) -> list[tuple[torch.device, torch.dtype]]:
+        """Of every layer; its norm is never quantised."""
+        weights = [layer.input_layernorm.weight for layer in self._layers]
+        return [(weight.device, weight.dtype) for weight in weights]
 
     def _plan_to_compile(self) -> Plan | None:
         """The running forward's plan if it selects or decodes, and nobody watches."""
-        if self._forward is None or self.phase is not no_phase or self.watch is not None:
+        if self._state.forward is None or self.phase is not no_phase or self.watch is not None:
             return None
-        plan = self._forward.plan
+        plan = self._state.forward.plan
         return plan if plan.keep_counts or plan.tokens == 1 else None
 
     def _set_plan(self, plan: Plan) -> None:
-        self._forward = Forward(
+        self._state.forward = Forward(
             plan,
             self._scorer,
             self._pieces,
@@ -350,7 +425,14 @@ class Attachment:
     def _before_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        me = threading.get_ident()
+        if self._state.thread not in (0, me):
+            raise AlvtsError(
+                "the model is compiled and runs in another thread already; attach without compile "
+                "to call it from several threads at once"
+            )
         self._forget()
+        self._state.thread = me
         # Before the mask: a cache of the wrong kind brings a mask of the wrong kind with it, and
         # the cache is the cause.
         cache = cache_of(kwargs)
@@ -359,6 +441,9 @@ class Attachment:
         input_ids, mask = read_inputs(args, kwargs)
         visual = self._family.visual_mask(self._model, input_ids)
         plan = make_plan(input_ids, visual, mask, self._keep)
+        if plan.keep_counts and (placing := self._where()) != self._placing:
+            self._scorer, self._pieces = self._place()
+            self._placing = placing
         self._set_plan(plan)
         if plan.keep_counts:
             pieces = self._pieces
@@ -366,19 +451,20 @@ class Attachment:
             self.last = Prefill(plan.visual_counts, plan.keep_counts, pieces.policy, rank)
 
     def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._forget()
+        if self._state.thread == threading.get_ident():
+            self._forget()
 
     def _after_text_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        check_output(output, self._cache)
+        check_output(output, self._state.cache)
         # transformers records the input of layer 0 as it reached the layer: the selected tokens.
         states = getattr(output, "hidden_states", None)
-        if states and self._first_hidden is not None and states[0] is not None:
-            output.hidden_states = (self._first_hidden, *states[1:])
+        if states and self._state.first_hidden is not None and states[0] is not None:
+            output.hidden_states = (self._state.first_hidden, *states[1:])
 
     def _before_layer(
         self, i: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        forward = self._forward
+        forward = self._state.forward
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
         if forward is None or hidden.shape[1] != forward.plan.tokens:
             raise AlvtsError(
@@ -392,7 +478,7 @@ class Attachment:
         check_layer_call(args, kwargs, plan.tokens, selects)
         past = self._cache_layer(i, cache_of(kwargs))
         if i == 0 and selects:
-            self._first_hidden = hidden
+            self._state.first_hidden = hidden
         changed = forward.before(i, layer, hidden, kwargs, past, self._only_ours(i, hidden))
         self._enter_layer(plan)
         if changed is None:
@@ -405,12 +491,12 @@ class Attachment:
     def _after_layer(
         self, i: int, layer: nn.Module, args: tuple[Any, ...], output: Tensor
     ) -> Tensor | None:
-        if self._in_layer is not None:
-            self._in_layer.__exit__(None, None, None)
-            self._in_layer = None
-        merged = None if self._forward is None else self._forward.after(output)
+        if self._state.in_layer is not None:
+            self._state.in_layer.__exit__(None, None, None)
+            self._state.in_layer = None
+        merged = None if self._state.forward is None else self._state.forward.after(output)
         if merged is not None:
-            self._merged = merged
+            self._state.merged = merged
         return merged
 
     def _enter_layer(self, plan: Plan) -> None:
@@ -419,8 +505,8 @@ class Attachment:
         Not without anyone to see it: torch.compile takes no context that ends in another function.
         """
         if plan.keep_counts and self.phase is not no_phase:
-            self._in_layer = self.phase("layer")
-            self._in_layer.__enter__()
+            self._state.in_layer = self.phase("layer")
+            self._state.in_layer.__enter__()
 
     def _only_ours(self, i: int, hidden: Tensor) -> bool:
         """Whether the input of layer `i` is a result of ours that nobody else has seen.
@@ -429,7 +515,7 @@ class Attachment:
         does autograd.
         """
         return (
-            hidden is self._merged
+            hidden is self._state.merged
             and not torch.is_grad_enabled()
             and len(self._layers[i - 1]._forward_hooks) == 1
             and len(self._layers[i]._forward_pre_hooks) == 1
@@ -440,7 +526,7 @@ class Attachment:
         """The layer's cache. Without one from the caller, the decoder made it a moment ago."""
         if cache is None:
             return None
-        if cache is not self._cache:
+        if cache is not self._state.cache:
             prepare_cache(cache, self._num_layers)
-            self._cache = cache
+            self._state.cache = cache
         return cache.layers[i]

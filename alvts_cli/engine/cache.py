@@ -79,7 +79,16 @@ class SelectiveLayer(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append `[B, H, new, d]` keys and values; without `expect`, `new` plain tokens."""
+        """Append `[B, H, new, d]` keys and values; without `expect`, `new` plain tokens.
+
+        Raises:
+            AlvtsError: without `expect`, where it lacks tokens: the model runs without alvts.
+        """
+        if self._expected is None and not self.plain:
+            raise AlvtsError(
+                "this KV cache was filled while alvts was attached and lacks the tokens that the "
+                "layers skipped; go on with it while attached, or begin with a new one"
+            )
         new = key_states.shape[-2]
         seen, valid, bias, plain = self._expected or (new, None, None, True)
         self._expected = None

@@ -1,0 +1,42 @@
+"""`alvts_cli.attach`: the engine's, which takes a file of selectors too."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from .artifact import load_artifact
+from .engine import Attachment, Keep, Policy, Selectors
+from .engine.attaching import attach as attach_selectors
+from .engine.attaching import check_whole
+from .engine.keep import KeepArgument
+
+
+def attach(
+    model: Any,
+    selectors: Selectors | str | os.PathLike[str],
+    keep: KeepArgument | Keep = None,
+    *,
+    policy: Policy | None = None,
+    compile: bool | Mapping[str, Any] = False,
+) -> Attachment:
+    """Make `model` select its visual tokens in every layer, until the attachment is detached.
+
+        with attach(model, "llava.alvts.safetensors", keep=0.11):
+            model.generate(**inputs)
+
+    Args:
+        model: a vision-language model of a known family.
+        selectors: fitted for this model; or the path of a file of them, which is checked against
+            the model.
+        keep, policy, compile: see `engine.attaching.attach`.
+
+    Raises:
+        AlvtsError: what `engine.attaching.attach`, `load_artifact` and `Artifact.check_model`
+            refuse.
+    """
+    if isinstance(selectors, str | os.PathLike):
+        check_whole(model)
+        artifact = load_artifact(selectors)
+        artifact.check_model(model)
+        selectors = artifact
+    return attach_selectors(model, selectors, keep, policy=policy, compile=compile)
