@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
+import families_table
 import pytest
 import torch
 from reference import added_features, watch_selection
@@ -358,3 +359,12 @@ def test_every_row_of_the_table_is_tested():
     tested = {KINDS[kind].config().model_type for kind in KINDS}
     known = {t for family in FAMILIES if family.mask == CAUSAL for t in family.model_types}
     assert tested == known
+
+
+def test_the_readme_has_a_row_for_every_family():
+    text = families_table.README.read_text()
+    table = text.split(families_table.BEGIN)[1].split(families_table.END)[0]
+    assert [row for row in KINDS if f"| `{row}` |" not in table] == []
+    assert "no" not in [cell.strip() for cell in table.split("|")]
+    for test in families_table.COLUMNS.values():
+        assert test in globals()
