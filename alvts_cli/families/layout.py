@@ -45,7 +45,7 @@ def layout(
     """One grid for every image, or for every step in time of a video.
 
     That is so where the inputs say how large the grids are (`image_grid_thw`), and where the
-    encoder sees each image once.
+    encoder sees each image once and as a whole.
 
     Args, Raises:
         see `Family.layout`; `family` is its name.
@@ -54,17 +54,21 @@ def layout(
         return grids(family, model, inputs)
     pixels = inputs.get("pixel_values")
     tokens = visual_tokens(model, inputs)
-    if pixels is not None and pixels.dim() == 4 and len(pixels) == len(sizes):
-        each = tokens // len(sizes)
-        height, width = pixels.shape[-2:]
-        rows = round(sqrt(each * height / width))
-        columns = round(sqrt(each * width / height))
-        if rows * columns * len(sizes) == tokens:
-            return tuple(
-                View(i, seen(processor.image_processor, size), grid(i * each, rows, columns))
-                for i, size in enumerate(sizes)
-            )
-    raise unknown(family, tokens)
+    if pixels is None or pixels.dim() != 4 or len(pixels) != len(sizes):
+        raise unknown(family, tokens)
+    # Pictures of different sizes are held in one tensor, each in its upper left corner.
+    own = inputs.get("image_sizes")
+    shapes = [list(pixels.shape[-2:])] * len(pixels) if own is None else own.tolist()
+    # A token is a square of the encoder's input, of this many pixels.
+    side = max(1, round(sqrt(sum(map(prod, shapes)) / tokens)))
+    views, at = [], 0
+    for i, ((height, width), size) in enumerate(zip(shapes, sizes, strict=True)):
+        if height % side or width % side:
+            raise unknown(family, tokens)
+        box = WHOLE if own is not None else seen(processor.image_processor, size)
+        views.append(View(i, box, grid(at, height // side, width // side)))
+        at += views[-1].tokens.numel()
+    return check_all(family, views, 0, tokens)
 
 
 def grids(family: str, model: Any, inputs: Mapping[str, Tensor]) -> tuple[View, ...]:
