@@ -107,6 +107,22 @@ def test_answers_against_the_layer_average(drawn, tmp_path):
     assert picture.width > 1.6 * picture.height
 
 
+def test_what_eval_timed_has_a_panel_of_its_own(drawn, tmp_path):
+    rows = [row("alvts", "0.5", 100, 99), row("fastv", "0.5", 90, 80), row("alvts", "5", 5, 50)]
+    for one, speed in zip(rows, (1.5, None, 4.0), strict=True):
+        ends = (None, None) if speed is None else (speed - 0.25, speed + 0.5)
+        names = ("prefill_speedup", "prefill_speedup_low", "prefill_speedup_high")
+        one.update(zip(names, (speed, *ends), strict=True))
+    plot_answers([evaluated(*rows)], tmp_path / "x.png")
+    (by_tokens, _, _), (by_speed, names, _) = drawn
+    assert by_tokens["alvts"][:2] == ([50, 2.5], [99, 50])
+    assert by_speed["alvts"][:2] == ([1.5, 4.0], [99, 50])
+    across, up = by_speed["alvts"][2]
+    assert across[:, :, 0].tolist() == [[1.25, 2.0], [3.75, 4.5]]
+    assert up[:, :, 1].tolist() == [[95, 102], [46, 53]]
+    assert names == ["alvts", "dense", "grey picture"]
+
+
 def test_speed_against_the_layer_average(drawn, tmp_path):
     plot_speed(BENCHES, [], tmp_path / "x.svg")
     ((lines, names, _),) = drawn

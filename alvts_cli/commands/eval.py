@@ -93,7 +93,10 @@ def evaluate(
     ] = None,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw answers kept against the layer average here: .svg or .png."),
+        typer.Option(
+            help="Draw answers kept against the layer average here (.svg or .png), and with "
+            "--time against the speed-up too."
+        ),
     ] = None,
     earlier: FromOption = None,
     gate: Annotated[

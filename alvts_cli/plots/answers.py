@@ -12,7 +12,8 @@ Data = Mapping[str, Any]
 
 
 def plot_answers(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A panel for every data set: retention of every method at its layer average.
+    """A panel for every data set: retention of every method at its layer average; and another one,
+    where its rows were timed: at its speed-up.
 
     Args:
         runs: as `alvts eval --json` writes them; data sets of the same name share a panel.
@@ -33,9 +34,15 @@ def plot_answers(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     models = " and ".join(dict.fromkeys(model_of(run) for run in runs))
     title = f"{models}: answers kept with fewer visual tokens, 95 % intervals"
     names = [row["method"] for parts in sets.values() for part in parts for row in part["rows"]]
-    with drawing(path, len(sets), title, [*names, *_LEVELS]) as panels:
-        for axes, parts in zip(panels, sets.values(), strict=True):
-            _panel(axes, parts)
+    panels = [
+        (parts, timed)
+        for parts in sets.values()
+        for timed in (False, True)
+        if not timed or any(_timed(row) for part in parts for row in part["rows"])
+    ]
+    with drawing(path, len(panels), title, [*names, *_LEVELS]) as axes:
+        for one, (parts, timed) in zip(axes, panels, strict=True):
+            _panel(one, parts, timed)
 
 
 def model_of(run: Mapping[str, Any]) -> str:
@@ -52,21 +59,38 @@ def retention(row: Mapping[str, Any]) -> tuple[float, tuple[float, float]]:
 _LEVELS = ("dense", "grey picture")
 
 
-def _panel(axes: Any, parts: Sequence[Data]) -> None:
+def _timed(row: Mapping[str, Any]) -> bool:
+    """Whether a row has a speed-up, of `alvts eval --time`."""
+    return row.get("prefill_speedup") is not None
+
+
+def _panel(axes: Any, parts: Sequence[Data], timed: bool) -> None:
+    """Retention against the layer average or, `timed`, against the speed-up of prefill."""
     head, tokens = parts[0]["head"], parts[0]["visual_tokens"]
-    rows = [row for part in parts for row in part["rows"]]
+    rows = [row for part in parts for row in part["rows"] if _timed(row) or not timed]
+    # From many tokens to few: a line goes on where less is kept.
+    rows.sort(key=lambda row: -row["tokens"])
     lines = []
-    for method in dict.fromkeys(row["method"] for row in rows):
+    for method in dict.fromkeys(row["method"] for part in parts for row in part["rows"]):
         points = []
         for row in (row for row in rows if row["method"] == method):
             kept, ends = retention(row)
-            points.append(Point(100 * row["tokens"] / tokens, kept, y_ends=ends))
-        points.sort(key=lambda point: -point.x)
-        lines.append(Line(method, points, method == "alvts"))
-    shares(axes, [point.x for line in lines for point in line.points])
+            if timed:
+                low, high = row["prefill_speedup_low"], row["prefill_speedup_high"]
+                points.append(Point(row["prefill_speedup"], kept, (low, high), ends))
+            else:
+                points.append(Point(100 * row["tokens"] / tokens, kept, y_ends=ends))
+        if points:
+            lines.append(Line(method, points, method == "alvts"))
+    if timed:
+        axes.set_xlabel("prefill of the language model, times as fast as dense")
+    else:
+        shares(axes, [point.x for line in lines for point in line.points])
+        axes.set_xlabel(
+            f"visual tokens that run through a layer, mean over layers, % of {tokens:.4g}"
+        )
     tops = [point.y_ends[1] for line in lines for point in line.points if point.y_ends]
     axes.set_ylim(0, max(105, *tops) + 2)
-    axes.set_xlabel(f"visual tokens that run through a layer, mean over layers, % of {tokens:.4g}")
     axes.set_ylabel(f"right answers, % of dense ({head['dense']:.1f} %)")
     axes.set_title(
         f"{parts[0]['name']}, {head['samples']} questions", fontsize=10, color=INK, loc="left"
