@@ -78,15 +78,22 @@ def prepare(
     return dict(inputs.to(loaded.model.device, loaded.model.dtype))
 
 
-def selectors_for(loaded: Loaded, path: Path | None) -> Artifact:
+def selectors_for(loaded: Loaded, path: Path | None, other_weights: bool = False) -> Artifact:
     """The selectors in `path`, or those that are found, checked against the model.
 
     Raises:
         AlvtsError: none are found, the file is damaged, or it is of another model.
     """
     artifact = load_artifact(path or find_selectors(loaded))
-    artifact.check_model(loaded.model, loaded.name)
+    artifact = artifact.check_model(loaded.model, loaded.name, other_weights)
+    if artifact.other_weights:
+        say(f"note: {of_other_weights(artifact, loaded.name)}", error=True)
     return artifact
+
+
+def of_other_weights(artifact: Artifact, name: str) -> str:
+    """What every result says where selectors are used on weights they were not fitted for."""
+    return f"the selectors were fitted on the weights of {artifact.model_id}, not of {name}"
 
 
 def answer(

@@ -15,7 +15,7 @@ the same calibration must give the same bytes). Nothing is ever unpickled.
 import json
 import os
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -135,6 +135,8 @@ class Artifact:
         picked: the policy for each keep ratio that was tried, ascending; none where every layer is
             to choose the most important tokens.
         visual_tokens: of a calibration sample, the median: what a number of tokens is a share of.
+        other_weights: whether the model it is used on has other weights than that which it was
+            fitted for; see `check_model`. Not in the file.
     """
 
     layers: tuple[Selector, ...]
@@ -148,6 +150,7 @@ class Artifact:
     carries: tuple[Carry, ...] = ()
     picked: tuple[Picked, ...] = ()
     visual_tokens: int = 0
+    other_weights: bool = False
 
     @property
     def rank(self) -> int:
@@ -169,7 +172,9 @@ class Artifact:
         """Of the large tensors."""
         return next(iter(self.layers[0].tensors().values())).dtype
 
-    def check_model(self, model: Any, model_id: str | None = None) -> None:
+    def check_model(
+        self, model: Any, model_id: str | None = None, other_weights: bool = False
+    ) -> "Artifact":
         """Refuse any other model than the one the selectors were fitted for.
 
         The same weights in another float dtype pass.
@@ -177,6 +182,10 @@ class Artifact:
         Args:
             model: a loaded model.
             model_id: its name, for the message.
+            other_weights: let weights of the same shapes pass, such as a fine-tuned model's.
+
+        Returns:
+            The artifact, with `other_weights` set where they are others.
 
         Raises:
             AlvtsError: another model; an unknown architecture; quantised or offloaded weights.
@@ -197,7 +206,13 @@ class Artifact:
             rtol=0.01,
             atol=1e-6,
         ):
-            raise AlvtsError(f"{made_for}; the weights of {name} are others")
+            if other_weights:
+                return replace(self, other_weights=True)
+            raise AlvtsError(
+                f"{made_for}; the weights of {name} are others: fit selectors for it with alvts "
+                "calibrate, or use these as they are with --other-weights"
+            )
+        return self
 
 
 def fingerprint(model: Any) -> Tensor:

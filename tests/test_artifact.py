@@ -559,3 +559,14 @@ def test_a_write_that_fails_leaves_the_old_file(
         save_artifact(make_artifact(default_keep=0.5), saved)
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
     assert saved.read_bytes() == before
+
+
+def test_other_weights_of_the_same_shape_pass_when_asked() -> None:
+    artifact, model = make_artifact(), make_model("qwen2_5_vl")
+    assert not artifact.check_model(model, other_weights=True).other_weights
+    with torch.no_grad():
+        model.model.language_model.layers[2].self_attn.k_proj.weight.mul_(1.1)
+    used = artifact.check_model(model, other_weights=True)
+    assert used.other_weights and used.layers is artifact.layers
+    with pytest.raises(AlvtsError, match="layers of width"):
+        make_artifact(layers=artifact.layers * 2).check_model(model, other_weights=True)

@@ -350,8 +350,14 @@ def test_a_place_that_cannot_be_written_is_one_line_and_found_first(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_selectors_of_another_model_are_one_line():
-    refused(*bench("--selectors", model_folder(seed=1) / "selectors.safetensors"))
+def test_selectors_of_another_model_are_one_line(tmp_path):
+    other = ("--selectors", model_folder(seed=1) / "selectors.safetensors")
+    refused(*bench(*other))
+    path = tmp_path / "a.json"
+    result = alvts(*bench(*other, "--other-weights", "--json", path))
+    assert result.exit_code == 0, result.output
+    assert json.loads(path.read_text())["settings"]["other_weights"] is True
+    assert "fitted on other weights" in result.stderr
 
 
 def _small(name, **text):

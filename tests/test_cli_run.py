@@ -192,3 +192,15 @@ def test_a_damaged_picture_is_found_before_the_model_is_loaded(tmp_path):
     _text(tmp_path / "x.jpg")
     command = ("run", "--model", "/nowhere", "--image", tmp_path / "x.jpg", "--prompt", PROMPT)
     assert "x.jpg" in refused(*command)
+
+
+def test_selectors_of_other_weights_are_used_when_asked_and_told():
+    other = model_folder(seed=1) / "selectors.safetensors"
+    line = refused(*run("--selectors", other))
+    assert "the weights of" in line and "--other-weights" in line
+    result = alvts(*run("--json", "--selectors", other, "--other-weights"))
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["other_weights"] is True
+    assert "note: the selectors were fitted on the weights of" in result.stderr
+    # Of the right weights nothing is said.
+    assert "other_weights" not in answered("--other-weights")

@@ -75,6 +75,7 @@ class Wanted:
         device, dtype: as in `load_model`.
         compile: run all decoders through `torch.compile`.
         trust_remote_code: as in `load_model`.
+        other_weights: as in `Artifact.check_model`.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Wanted:
     dtype: str | None
     compile: bool
     trust_remote_code: bool = False
+    other_weights: bool = False
 
 
 def random_subject(
@@ -122,7 +124,7 @@ def random_subject(
     inputs = synthetic_inputs(model, wanted.batch, wanted.visual_tokens, wanted.text_tokens)
     selectors: Selectors = random_selectors(model)
     if wanted.selectors is not None:
-        selectors = _fitted(wanted.selectors, model, wanted.name)
+        selectors = _fitted(wanted.selectors, model, wanted)
     origin = "random" if wanted.selectors is None else str(wanted.selectors)
     cut = layers is not None or hidden_size is not None
     return _subject(wanted, model, inputs, selectors, origin, True, cut)
@@ -138,7 +140,7 @@ def loaded_subject(wanted: Wanted, images: Sequence[Path], prompt: str) -> Subje
     loaded = load_model(wanted.name, wanted.device, wanted.dtype, wanted.trust_remote_code)
     model = loaded.model
     path = wanted.selectors or find_selectors(loaded)
-    selectors = _fitted(path, model, wanted.name)
+    selectors = _fitted(path, model, wanted)
     if pictures:
         longest = model.config.text_config.max_position_embeddings - NEW_TOKENS
         one = build_inputs(loaded.processor, pictures, prompt, longest)
@@ -168,10 +170,8 @@ def _require_room(wanted: Wanted, model: Any, tokens: int) -> None:
     require_memory(f"a batch of {wanted.batch}", need, model.device)
 
 
-def _fitted(path: Path, model: Any, name: str) -> Selectors:
-    artifact = load_artifact(path)
-    artifact.check_model(model, name)
-    return artifact
+def _fitted(path: Path, model: Any, wanted: Wanted) -> Selectors:
+    return load_artifact(path).check_model(model, wanted.name, wanted.other_weights)
 
 
 def _subject(
@@ -209,6 +209,7 @@ def _subject(
         "kept_per_layer": [resolved.count(i, visual) for i in range(depth)],
         "policy": str(policy),
         "selectors": origin,
+        **({"other_weights": True} if getattr(selectors, "other_weights", False) else {}),
         "rank": rank_of(selectors),
         "compiled": wanted.compile,
         "frozen_weights": wanted.compile and weights_frozen(),

@@ -16,6 +16,7 @@ from .options import (
     FromOption,
     KeepOption,
     ModelOption,
+    OtherWeightsOption,
     SelectorsOption,
     TrustOption,
     check_keep,
@@ -89,6 +90,7 @@ def bench(
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
     trust_remote_code: TrustOption = False,
+    other_weights: OtherWeightsOption = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write everything measured here.")
     ] = None,
@@ -180,11 +182,14 @@ def bench(
         dtype=dtype,
         compile=compile,
         trust_remote_code=trust_remote_code,
+        other_weights=other_weights,
     )
     if random_weights:
         subject = random_subject(wanted, layers, hidden_size, say=words.print)
     else:
         subject = loaded_subject(wanted, image or [], prompt or "")
+    if subject.settings.get("other_weights"):
+        words.print("note: the selectors were fitted on other weights than this model's")
     if before is not None:
         check_comparable(before, subject.settings)
 

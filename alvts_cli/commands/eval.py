@@ -18,6 +18,7 @@ from .options import (
     FromOption,
     ImageFolderOption,
     ModelOption,
+    OtherWeightsOption,
     SeedOption,
     SelectorsOption,
     TrustOption,
@@ -88,6 +89,7 @@ def evaluate(
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
     trust_remote_code: TrustOption = False,
+    other_weights: OtherWeightsOption = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all figures and answers here.")
     ] = None,
@@ -149,8 +151,10 @@ def evaluate(
     sets = [read_data(source, samples, seed, scoring) for source in sources]
     loaded = load_model(model, device, dtype, trust_remote_code)
     files = {FITTED: selectors, (PAPER,): paper_selectors}
-    plan, facts = _plan(loaded, files, names, budgets, batch, seed)
+    plan, facts = _plan(loaded, files, names, budgets, batch, seed, other_weights)
     words = console(error=True)
+    if facts.get("other_weights"):
+        words.print("note: the selectors were fitted on other weights than this model's")
     # What goes to standard output is JSON alone where that is asked for.
     aside = json_file is not None and is_stdout(json_file)
     tables = _wide(console(aside))
@@ -250,6 +254,7 @@ def _plan(
     budgets: dict[str, int | float],
     batch: int,
     seed: int,
+    other_weights: bool,
 ) -> tuple["Plan", dict[str, Any]]:
     """What to run, and what decides its result beside the data, as plain values."""
     import hashlib
@@ -263,12 +268,14 @@ def _plan(
 
     read: dict[str, Any] = {}
     used: list[Path] = []
+    others = False
     for users, file in files.items():
         if not set(users) & set(names):
             continue
         used.append(file or _find_selectors(loaded))
         artifact = load_artifact(used[-1])
-        artifact.check_model(loaded.model, loaded.name)
+        artifact = artifact.check_model(loaded.model, loaded.name, other_weights)
+        others = others or artifact.other_weights
         read |= dict.fromkeys(users, artifact)
     made = {
         name: make_method(name, read.get(name), seed) for name in dict.fromkeys(["dense", *names])
@@ -285,6 +292,7 @@ def _plan(
         "weights": hashlib.sha256(fingerprint(loaded.model).numpy().tobytes()).hexdigest(),
         "selectors": [str(file) for file in used],
         "selectors_sha256": [hashlib.sha256(file.read_bytes()).hexdigest() for file in used],
+        **({"other_weights": True} if others else {}),
         "methods": names,
         "keep": list(budgets),
         "batch": batch,

@@ -69,6 +69,14 @@ TrustOption = Annotated[
     typer.Option("--trust-remote-code", help="Run code that the model brings with it."),
 ]
 
+OtherWeightsOption = Annotated[
+    bool,
+    typer.Option(
+        "--other-weights",
+        help="Use selectors of a model of the same shape, such as the base of a fine-tuned one.",
+    ),
+]
+
 SeedOption = Annotated[
     int, typer.Option("--seed", min=0, max=2**32 - 1, help="Same seed, same result.")
 ]

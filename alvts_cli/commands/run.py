@@ -13,6 +13,7 @@ from .options import (
     ImageFolderOption,
     KeepOption,
     ModelOption,
+    OtherWeightsOption,
     SelectorsOption,
     TrustOption,
     check_keep,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ..answer import Answer
+    from ..artifact import Artifact
 
 
 EPILOG = (
@@ -72,6 +74,7 @@ def run(
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
     trust_remote_code: TrustOption = False,
+    other_weights: OtherWeightsOption = False,
 ) -> None:
     """Answer a question about one or more images, then say what it took; or answer all questions of
     a data set."""
@@ -107,6 +110,7 @@ def run(
             max_new_tokens,
             batch or 8,
             trust_remote_code,
+            other_weights,
         )
         source = Source(data, image_folder, told, split="test", prompt=prompt)
         answer_data(source, out, setup, samples, json_output)
@@ -130,20 +134,21 @@ def run(
     pictures = [read_image(path) for path in files]
     loaded = load_model(model, device, dtype, trust_remote_code)
     inputs = prepare(loaded, pictures, prompt, max_new_tokens)
-    chosen = None if dense else selectors_for(loaded, selectors)
+    chosen = None if dense else selectors_for(loaded, selectors, other_weights)
     _notice(loaded.processor.tokenizer, prompt, pictures)
 
     stream = not (json_output or compare)
     if not compare:
         result = answer(loaded, inputs, chosen, keep, max_new_tokens, stream)
-        say(json.dumps(_plain(model, result)) if json_output else _line(result))
+        say(json.dumps(_plain(model, result, chosen)) if json_output else _line(result))
         return
     # The first generation of a process also pays for what is set up once.
     answer(loaded, inputs, None, None, 1, False)
     both = [answer(loaded, inputs, use, keep, max_new_tokens, False) for use in (None, chosen)]
     if json_output:
         names = ("dense", "selective")
-        say(json.dumps({name: _plain(model, r) for name, r in zip(names, both, strict=True)}))
+        uses = zip(names, both, (None, chosen), strict=True)
+        say(json.dumps({name: _plain(model, result, use) for name, result, use in uses}))
     else:
         console().print(_table(*both))
 
@@ -191,10 +196,13 @@ def _line(result: "Answer") -> str:
     )
 
 
-def _plain(model: str, result: "Answer") -> dict[str, Any]:
+def _plain(model: str, result: "Answer", selectors: "Artifact | None") -> dict[str, Any]:
     from dataclasses import asdict
 
-    return {"model": model, **asdict(result)}
+    told = {"model": model, **asdict(result)}
+    if selectors is not None and selectors.other_weights:
+        told["other_weights"] = True
+    return told
 
 
 def _table(dense: "Answer", selective: "Answer") -> "Table":

@@ -35,6 +35,7 @@ class Setup:
     max_new_tokens: int
     batch: int
     trust_remote_code: bool
+    other_weights: bool
 
 
 def answer_data(source: Source, out: Path, setup: Setup, limit: int | None, as_json: bool) -> None:
@@ -50,7 +51,7 @@ def answer_data(source: Source, out: Path, setup: Setup, limit: int | None, as_j
         raise AlvtsError("the scenes of pocket have no end; say how many with --samples")
     loaded = load_model(setup.model, setup.device, setup.dtype, setup.trust_remote_code)
     file = None if setup.dense else setup.selectors or find_selectors(loaded)
-    selectors = None if file is None else selectors_for(loaded, file)
+    selectors = None if file is None else selectors_for(loaded, file, setup.other_weights)
     job = Job(loaded, selectors, setup.keep, setup.max_new_tokens, setup.batch)
     words = console(error=True)
     with closing(Journal(out, _facts(job, source, reader, file))) as journal:
