@@ -26,6 +26,8 @@ from .commands.models import models
 from .commands.pocket import pocket
 from .commands.run import EPILOG as RUN_EPILOG
 from .commands.run import run
+from .commands.serve import EPILOG as SERVE_EPILOG
+from .commands.serve import serve
 from .commands.show import EPILOG as SHOW_EPILOG
 from .commands.show import show
 from .commands.smol import smol
@@ -146,6 +148,7 @@ def _common(
 
 app.command(epilog=RUN_EPILOG)(run)
 app.command(epilog=SHOW_EPILOG)(show)
+app.command(epilog=SERVE_EPILOG)(serve)
 app.command(epilog=EPILOG)(bench)
 app.command()(calibrate)
 app.command("eval", epilog=EVAL_EPILOG)(evaluate)

@@ -18,6 +18,10 @@ MARKER = "<image>"
 # Formats that PIL decodes by itself: no external program is ever started by a picture.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
+# PIL only warns up to twice the size that `read_image` refuses. `catch_warnings`, which could make
+# that an error, is not safe where several threads read.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+
 # For processors without a chat template: what stands before the user's words, for an image and
 # after the user's words.
 _LLAVA = ("USER: ", "{token}\n", " ASSISTANT:")
@@ -72,11 +76,12 @@ def read_image(source: Path | BinaryIO, name: str | None = None) -> Image.Image:
     name = name or str(source)
     file = open_regular(source, "image") if isinstance(source, Path) else source
     try:
-        with file, warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        with file, Image.open(file, formats=FORMATS) as image:
+            most = Image.MAX_IMAGE_PIXELS
+            if most is not None and image.width * image.height > most:
+                raise Image.DecompressionBombError
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Image.DecompressionBombError:
         limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise AlvtsError(f"{name} has more than {limit} million pixels") from None
     # What the decoders raise on damaged files.
@@ -159,11 +164,41 @@ def _render(processor: Any, parts: list[dict[str, str]]) -> str:
             raise AlvtsError(
                 f"the chat template of this model's processor fails: {error}"
             ) from error
+    before, image, after = _turn(processor)
+    return before + "".join(part.get("text", image) for part in parts) + after
+
+
+def usual_template(processor: Any) -> str:
+    """What `build_inputs` makes without a chat template, as one in Jinja, for several turns.
+
+    Args:
+        processor: of the model, without a chat template.
+    """
+    before, image, after = _turn(processor)
+    # What stands once in front of all turns, such as a system turn, is left out of later ones.
+    again = before[max(0, before.rfind("<|im_start|>")) :].removeprefix("<s>")
+    ends = (repr(end + "\n") for end in ("<|im_end|>", "<end_of_utterance>") if end in after)
+    space = "" if after.endswith("\n") else " "
+    return (
+        "{% for message in messages %}{% if message.role == 'user' %}"
+        f"{{{{ {before!r} if loop.first else {again!r} }}}}"
+        "{% for part in message.content %}"
+        f"{{{{ part.text if part.type == 'text' else {image!r} }}}}"
+        f"{{% endfor %}}{{{{ {after!r} }}}}"
+        "{% elif message.role == 'assistant' %}"
+        f"{{{{ {space!r} }}}}{{% for part in message.content %}}{{{{ part.text }}}}{{% endfor %}}"
+        f"{{{{ {next(ends, 'eos_token')} }}}}"
+        "{% else %}{{ raise_exception('this model has no place for ' + message.role + ' turns') }}"
+        "{% endif %}{% endfor %}"
+    )
+
+
+def _turn(processor: Any) -> tuple[str, str, str]:
+    """What stands before the user's words, for an image and after the user's words."""
     name = type(processor).__name__
     known = (turn for begin, turn in _TURNS.items() if name.startswith(begin))
     before, image, after = next(known, _LLAVA)
-    image = image.format(token=processor.image_token)
-    return before + "".join(part.get("text", image) for part in parts) + after
+    return before, image.format(token=processor.image_token), after
 
 
 def padding_token(model: Any) -> int:

@@ -92,6 +92,7 @@ def test_layers_that_choose():
         -1,
         -0.5,
         2.5,
+        10**400,
         float("nan"),
         float("inf"),
         "nan",

@@ -11,7 +11,7 @@ from PIL import Image
 from alvts_cli import AlvtsError
 from alvts_cli.pocket.build import make_processor
 from alvts_cli.pocket.words import IMAGE, make_prompt
-from alvts_cli.prompts import build_inputs, padding_token, read_image
+from alvts_cli.prompts import build_inputs, padding_token, read_image, usual_template
 
 PICTURE = Image.new("RGB", (40, 30), "red")
 
@@ -169,3 +169,29 @@ def test_pictures_that_cannot_be_read(tmp_path: Path) -> None:
 def test_finished_answers_are_filled_with(pad: Any, end: Any, expected: int) -> None:
     model = SimpleNamespace(generation_config=SimpleNamespace(pad_token_id=pad, eos_token_id=end))
     assert padding_token(model) == expected
+
+
+@pytest.mark.parametrize("name", ["Llava", "Qwen", "InternVL", "LlavaOnevision", "SmolVLM"])
+def test_the_usual_prompt_as_a_template(name: str) -> None:
+    processor = make_processor()
+    processor.__class__ = type(f"{name}Processor", (type(processor),), {})
+
+    def words(*turns: tuple[str, str]) -> str:
+        messages: list[Any] = [
+            {"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns
+        ]
+        messages[0]["content"].insert(0, {"type": "image"})
+        template = usual_template(processor)
+        return processor.apply_chat_template(messages, chat_template=template, tokenize=False)
+
+    first = words(("user", "what?"))
+    assert first == rendered(processor, "what?")
+    both = words(("user", "what?"), ("assistant", "that"), ("user", "and?"))
+    assert both.startswith(first)
+    answered, question = both.removeprefix(first).split("and?")
+    assert answered.startswith((" that", "that")) and first.endswith(question)
+    assert "helpful" not in answered and "<image>" not in answered
+    if name == "Llava":
+        assert both == "USER: <image>\nwhat? ASSISTANT: that</s>USER: and? ASSISTANT:"
+    with pytest.raises(Exception, match="no place for system turns"):
+        words(("system", "be good"))

@@ -1,0 +1,32 @@
+"""`alvts serve`: transformers' own OpenAI-compatible server, with selection.
+
+- `pictures` where the pictures of a request may come from, and reading them
+- `request`  what a request must look like, checked before anything runs
+- `app`      transformers' model manager, handler and app, changed where they must be
+
+All but `pictures` need the extra `serve`; `require_serving` says so where it is not there.
+"""
+
+from ..errors import AlvtsError
+
+
+def require_serving() -> None:
+    """Refuse where transformers' server is not there, or is not as `app` knows it.
+
+    Raises:
+        AlvtsError: the extra is not installed, or another release of transformers is.
+    """
+    import transformers
+
+    try:
+        import fastapi, openai, pydantic, uvicorn  # noqa: E401, F401, I001
+    except ImportError as error:
+        install = "pip install 'alvts[serve]'"
+        raise AlvtsError(f"the server needs {error.name}; run: {install}") from None
+    try:
+        from . import app  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        raise AlvtsError(
+            f"the server of transformers {transformers.__version__} is not one that alvts knows: "
+            f"{error}"
+        ) from None

@@ -1,0 +1,82 @@
+"""What a request must look like.
+
+transformers' handler checks the names of the fields and no more: what is wrong inside of them would
+end in the template, the processor or the model, each with an error of its own.
+"""
+
+from typing import Annotated, Any, Literal
+
+from openai.types.chat import ChatCompletionContentPartImageParam as _Picture
+from openai.types.chat import ChatCompletionContentPartTextParam as _Text
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+from ..errors import AlvtsError
+from .pictures import Sources
+
+
+def _parts(content: Any) -> Any:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+class _Message(BaseModel):
+    role: Literal["system", "user", "assistant"]
+    content: Annotated[
+        list[Annotated[_Picture | _Text, Field(discriminator="type")]], BeforeValidator(_parts)
+    ]
+
+
+class _Request(BaseModel):
+    messages: list[_Message] = Field(min_length=1)
+    model: str | None = None
+    stream: bool | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    frequency_penalty: float | None = Field(None, gt=-1, le=2)
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: str | list[str] | None = None
+    n: Literal[1] | None = None
+    # Of transformers' server: they would let a request change how the model runs.
+    generation_config: None = None
+    chat_template_kwargs: None = None
+
+
+def check_request(body: Any, sources: Sources) -> None:
+    """Check a request of `/v1/chat/completions`, and read its pictures in place.
+
+    Args:
+        body: what came as JSON. Afterwards every content is a list of parts, every picture's URL an
+            RGB image, and `max_tokens` the one limit, or None.
+        sources: where pictures may come from.
+
+    Raises:
+        AlvtsError: a field that is missing or wrong, or a picture that is.
+    """
+    try:
+        request = _Request.model_validate(body)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise AlvtsError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    body["messages"] = [message.model_dump() for message in request.messages]
+    pictures = 0
+    for name, part in parts_of(body):
+        if part["type"] == "image_url":
+            part["image_url"]["url"] = sources.read(part["image_url"]["url"], name)
+            pictures += 1
+    if not pictures:
+        raise AlvtsError("messages: there is no image; send one as a part of type image_url")
+    # transformers takes the numbers as they came, and no whole ones.
+    body["logit_bias"] = request.logit_bias
+    # transformers 5.17 knows the old name alone.
+    body["max_tokens"] = body.pop("max_completion_tokens", None) or request.max_tokens
+
+
+def parts_of(body: Any) -> list[tuple[str, Any]]:
+    """The parts of all messages of a checked request, by their names."""
+    return [
+        (f"messages.{i}.content.{j}", part)
+        for i, message in enumerate(body["messages"])
+        for j, part in enumerate(message["content"])
+    ]
