@@ -1,6 +1,14 @@
-"""For all tests: one thread a process, since several processes share the cores."""
+"""For all tests: one thread a process, since several processes share the cores; and what Hypothesis
+draws is the same every time, unless `--hypothesis-profile long` asks for more."""
 
 import os
 
+from hypothesis import HealthCheck, settings
+
 # Before torch is imported; processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+_ALWAYS = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
+settings.register_profile("ci", _ALWAYS, max_examples=25, derandomize=True)
+settings.register_profile("long", _ALWAYS, max_examples=2000)
+settings.load_profile("ci")

@@ -8,6 +8,8 @@ looked at afterwards.
 import json
 import os
 import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 from cli_tools import model_folder, refused, scene_file
 from PIL import Image
 
-from alvts_cli import models
+from alvts_cli import cli, models
 from alvts_cli.bench import subject
 from alvts_cli.terminal import safe
 
@@ -394,3 +396,134 @@ def test_a_model_that_is_none(kind: str) -> None:
 )
 def test_a_model_that_is_not_there(name: str) -> None:
     turned_down(*RUN, "--model", name)
+
+
+# Records and where they lie.
+
+RECORDS: dict[str, Callable[[Path], object]] = {
+    "missing": lambda path: None,
+    "folder": Path.mkdir,
+    "pipe": _fifo,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "empty": _nothing,
+    "words": _words,
+    "bytes": lambda path: path.write_bytes(b"\xff\xfe\x00"),
+    "number": lambda path: path.write_text("4"),
+    "deep": lambda path: path.write_text("[" * 100_000),
+    "no image": lambda path: path.write_text('[{"question": "x", "answer": "y"}]'),
+    "no question": lambda path: path.write_text('[{"image": "a.png"}]'),
+    "outside": lambda path: path.write_text('[{"image": "/etc/passwd", "question": "x"}]'),
+    "above": lambda path: path.write_text('[{"image": "../a.png", "question": "x"}]'),
+    "half characters": lambda path: path.write_text('[{"image": "a", "question": "\\ud800"}]'),
+}
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+@pytest.mark.parametrize(
+    "line",
+    [
+        (*CALIBRATE, "--out", "o.safetensors", "--data", "x.json"),
+        (*EVAL, "--methods", "random", "--keep", "0.5", "--data", "x.json"),
+        ("run", "--out", "o.jsonl", "--data", "x.json"),
+    ],
+    ids=lambda line: line[0],
+)
+def test_records_that_are_none(
+    line: tuple[str, ...], kind: str, loaded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alvts_cli.commands.run_data.load_model", lambda *args: _loaded())
+    RECORDS[kind](Path("x.json"))
+    turned_down(*line)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (("run", "--data", "pocket", "--out", "x.jsonl", "--image", "@scene"), "--image"),
+        (("run", "--data", "pocket", "--out", "x.txt"), "--out"),
+        (("run", "--data", "pocket"), "--out"),
+        ((*RUN, "--out", "x.jsonl"), "--out"),
+        ((*RUN, "--samples", "2"), "--samples"),
+        ((*RUN, "--columns", "image"), "--columns"),
+        ((*EVAL, "--columns", "image=a,image=b"), "--columns"),
+        ((*CALIBRATE, "--columns", "fly=a"), "--columns"),
+        (("show", "--image", "@scene", "--prompt", "", "--out", "x.png"), "--prompt"),
+        (("show", "--image", "@scene", "--prompt", "x", "--out", "x.gif"), "--out"),
+    ],
+)
+def test_options_that_do_not_go_together(line: tuple[str, ...], words: str) -> None:
+    assert words in turned_down(*line, code=2)
+
+
+# What only a process shows.
+
+
+def _process(*args: str, shell: str = "", **more: Any) -> subprocess.CompletedProcess[str]:
+    line = f'"$0" -m alvts_cli "$@" {shell}'
+    return subprocess.run(
+        ["bash", "-c", line, sys.executable, *map(_filled, args)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        **more,
+    )
+
+
+def test_a_closed_standard_output() -> None:
+    done = _process("models", shell=">&-")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: standard output is closed")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_closed_standard_error() -> None:
+    done = _process("models", shell="2>&-")
+    assert done.returncode == 0 and "llava-1.5-7b" in done.stdout
+
+
+def test_code_of_a_model_is_never_asked_about() -> None:
+    """A line on standard input would have said yes."""
+    import shutil
+
+    shutil.copytree(model_folder(), "model")
+    _own_code(Path("model"))
+    done = _process(*RUN, "--model", "model", input="y\ny\n")
+    assert done.returncode == 1 and done.stdout == ""
+    assert "--trust-remote-code" in done.stderr.splitlines()[-1]
+
+
+def test_groups_without_a_command_are_listed() -> None:
+    from cli_tools import alvts
+
+    for group in ("pocket", "smol"):
+        result = alvts(group)
+        assert result.exit_code == 0 and "train" in result.stdout and result.stderr == ""
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cli_tools import alvts
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    line = turned_down(*RUN, "--model", "smol")
+    assert "there is no home folder" in line
+    result = alvts("models")
+    assert result.exit_code == 0 and "smol" in result.stdout
+
+
+def test_the_default_of_out_is_in_the_help() -> None:
+    from cli_tools import alvts
+
+    assert "MODEL.alvts.safetensors" in " ".join(alvts("calibrate", "--help").stdout.split())
+
+
+def test_stdout_that_is_closed_is_found_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from alvts_cli import AlvtsError
+
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(AlvtsError, match="standard output is closed"):
+        cli._prepare_streams()

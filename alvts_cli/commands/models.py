@@ -1,11 +1,14 @@
 """`alvts models`: what can be named."""
 
+from contextlib import suppress
+
 
 def models() -> None:
     """List the known models: name, family, hub id, and whether the weights are on this machine."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
+    from ..errors import AlvtsError
     from ..models import KNOWN, cached_folder
     from ..pocket import WEIGHTS
     from ..smol.fetch import smol_folder
@@ -18,7 +21,10 @@ def models() -> None:
         if name == "pocket":
             here = (WEIGHTS / "config.json").is_file()
         elif name == "smol":
-            here = smol_folder().is_dir()
+            here = False
+            # A user without a home has nothing there.
+            with suppress(AlvtsError):
+                here = smol_folder().is_dir()
         else:
             here = cached_folder(known.hub_id) is not None
         table.add_row(name, known.family, known.hub_id, "yes" if here else "no")
