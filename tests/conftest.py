@@ -10,5 +10,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 _ALWAYS = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("ci", _ALWAYS, max_examples=25, derandomize=True)
-settings.register_profile("long", _ALWAYS, max_examples=2000)
+settings.register_profile("long", _ALWAYS, max_examples=500)
 settings.load_profile("ci")

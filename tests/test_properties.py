@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -27,6 +28,9 @@ from alvts_cli.engine.calls import going_on
 from alvts_cli.engine.keep import Keep, resolve_keep, spend
 from alvts_cli.schema import parse_json
 from alvts_cli.terminal import safe
+
+# Unknown names are told, and many are drawn.
+pytestmark = pytest.mark.filterwarnings("ignore:.*holds things this alvts")
 
 _ratios = st.floats(0, 1)
 _counts = st.integers(0, 5000)
