@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -78,13 +77,13 @@ def prepare(
     return dict(inputs.to(loaded.model.device, loaded.model.dtype))
 
 
-def selectors_for(loaded: Loaded, path: Path | None, other_weights: bool = False) -> Artifact:
-    """The selectors in `path`, or those that are found, checked against the model.
+def selectors_for(loaded: Loaded, named: str | None, other_weights: bool = False) -> Artifact:
+    """The selectors that are named, or those that are found, checked against the model.
 
     Raises:
         AlvtsError: none are found, the file is damaged, or it is of another model.
     """
-    artifact = load_artifact(path or find_selectors(loaded))
+    artifact = load_artifact(find_selectors(loaded, named))
     artifact = artifact.check_model(loaded.model, loaded.name, other_weights)
     if artifact.other_weights:
         say(f"note: {of_other_weights(artifact, loaded.name)}", error=True)

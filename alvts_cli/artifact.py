@@ -172,6 +172,37 @@ class Artifact:
         """Of the large tensors."""
         return next(iter(self.layers[0].tensors().values())).dtype
 
+    @classmethod
+    def from_pretrained(cls, named: str | Path, revision: str | None = None) -> "Artifact":
+        """Selectors from a file, a folder, or a repo of the hub.
+
+        Args:
+            named: as `--selectors` takes it: a path, `user/repo[@revision]`, `hf://...`.
+            revision: of the repo, where `named` has none.
+
+        Raises:
+            AlvtsError: they cannot be had, or the file is damaged.
+        """
+        from .hub import selectors_file
+
+        return load_artifact(selectors_file(str(named) + (f"@{revision}" if revision else "")))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `selectors.safetensors` into a folder, which is made if it is not there.
+
+        In the folder of a model, alvts finds them by itself.
+
+        Raises:
+            AlvtsError: it cannot be written.
+        """
+        from .hub import FILE
+
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AlvtsError(f"cannot make {folder}: {error.strerror or error}") from error
+        save_artifact(self, Path(folder) / FILE)
+
     def check_model(
         self, model: Any, model_id: str | None = None, other_weights: bool = False
     ) -> "Artifact":

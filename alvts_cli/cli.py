@@ -24,6 +24,8 @@ from .commands.eval import evaluate
 from .commands.info import info
 from .commands.models import models
 from .commands.pocket import pocket
+from .commands.push import EPILOG as PUSH_EPILOG
+from .commands.push import push
 from .commands.run import EPILOG as RUN_EPILOG
 from .commands.run import run
 from .commands.serve import EPILOG as SERVE_EPILOG
@@ -154,6 +156,7 @@ app.command()(calibrate)
 app.command("eval", epilog=EVAL_EPILOG)(evaluate)
 app.command()(info)
 app.command()(models)
+app.command(epilog=PUSH_EPILOG)(push)
 app.add_typer(pocket, name="pocket")
 app.add_typer(smol, name="smol")
 

@@ -200,23 +200,31 @@ def resolve_name(name: str) -> str:
     return name
 
 
-def find_selectors(loaded: Loaded) -> Path:
-    """The selectors to use when none are named.
+def find_selectors(loaded: Loaded, named: str | None = None) -> Path:
+    """The file of selectors that is named (see `hub.selectors_file`), or else what is found.
 
-    `<name>.alvts.safetensors` here, as `alvts calibrate` writes it, or `selectors.safetensors` in
-    the model's folder.
+    Found is `<name>.alvts.safetensors` here, as `alvts calibrate` writes it, or
+    `selectors.safetensors` in the model's folder or in its repo on the hub.
 
     Raises:
-        AlvtsError: neither is there.
+        AlvtsError: what is named cannot be had, or nothing is found.
     """
+    from .hub import FILE, offered, selectors_file
+
+    if named is not None:
+        return selectors_file(named)
     short = Path(loaded.name).name
     places = [
         Path(f"{short}.alvts.safetensors"),
-        Path(loaded.model_id) / "selectors.safetensors",
+        Path(loaded.model_id) / FILE,
     ]
     for place in places:
         if place.is_file():
             return place
+    if not Path(loaded.model_id).is_dir():
+        found = offered(loaded.model_id, loaded.revision)
+        if found is not None:
+            return found
     raise AlvtsError(
         f"no selectors for {loaded.name}; fit some with: alvts calibrate --model {loaded.name} "
         f"--out {places[0]}, or pass --dense"

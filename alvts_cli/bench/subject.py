@@ -11,6 +11,7 @@ from torch import Tensor
 from ..artifact import load_artifact
 from ..engine import Keep, Policy, Selectors, keep_of, parse_policy, policy_of
 from ..families import family_of
+from ..hub import selectors_file
 from ..memory import memory_need, prefill_need, require_memory
 from ..models import cpu_computes_bfloat16, find_selectors, load_model, parse_device, parse_dtype
 from ..prompts import build_inputs, read_image
@@ -79,7 +80,7 @@ class Wanted:
     """
 
     name: str
-    selectors: Path | None
+    selectors: str | None
     keep: str | None
     policy: str | None
     batch: int
@@ -124,8 +125,8 @@ def random_subject(
     inputs = synthetic_inputs(model, wanted.batch, wanted.visual_tokens, wanted.text_tokens)
     selectors: Selectors = random_selectors(model)
     if wanted.selectors is not None:
-        selectors = _fitted(wanted.selectors, model, wanted)
-    origin = "random" if wanted.selectors is None else str(wanted.selectors)
+        selectors = _fitted(selectors_file(wanted.selectors), model, wanted)
+    origin = wanted.selectors or "random"
     cut = layers is not None or hidden_size is not None
     return _subject(wanted, model, inputs, selectors, origin, True, cut)
 
@@ -139,7 +140,7 @@ def loaded_subject(wanted: Wanted, images: Sequence[Path], prompt: str) -> Subje
     pictures = [read_image(path) for path in images]
     loaded = load_model(wanted.name, wanted.device, wanted.dtype, wanted.trust_remote_code)
     model = loaded.model
-    path = wanted.selectors or find_selectors(loaded)
+    path = find_selectors(loaded, wanted.selectors)
     selectors = _fitted(path, model, wanted)
     if pictures:
         longest = model.config.text_config.max_position_embeddings - NEW_TOKENS

@@ -42,7 +42,7 @@ def evaluate(
     model: ModelOption = "pocket",
     selectors: SelectorsOption = None,
     paper_selectors: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="For alvts-paper: a file made by `alvts calibrate --form paper`."),
     ] = None,
     data: Annotated[
@@ -249,7 +249,7 @@ def _gates(
 
 def _plan(
     loaded: "Loaded",
-    files: dict[tuple[str, ...], Path | None],
+    files: dict[tuple[str, ...], str | None],
     names: list[str],
     budgets: dict[str, int | float],
     batch: int,
@@ -265,14 +265,15 @@ def _plan(
     from ..artifact import fingerprint, load_artifact
     from ..evaluate.run import Plan, Run
     from ..methods import make_method
+    from ..models import find_selectors
 
     read: dict[str, Any] = {}
     used: list[Path] = []
     others = False
-    for users, file in files.items():
+    for users, named in files.items():
         if not set(users) & set(names):
             continue
-        used.append(file or _find_selectors(loaded))
+        used.append(find_selectors(loaded, named) if named else _find_selectors(loaded))
         artifact = load_artifact(used[-1])
         artifact = artifact.check_model(loaded.model, loaded.name, other_weights)
         others = others or artifact.other_weights

@@ -9,7 +9,12 @@ from .options import check_plots
 
 
 def info(
-    file: Annotated[Path, typer.Argument(help="A selector file made by `alvts calibrate`.")],
+    file: Annotated[
+        str,
+        typer.Argument(
+            help="Selectors made by `alvts calibrate`: a file, a folder, user/repo[@revision]."
+        ),
+    ],
     plot: Annotated[
         Path | None,
         typer.Option(help="Draw what each layer keeps, and where it chooses: .svg or .png."),
@@ -23,9 +28,11 @@ def info(
     from calibration.report import POLICY_NOTE, fit_table, policy_table
 
     from ..artifact import load_artifact
+    from ..hub import selectors_file
     from ..terminal import console
 
-    artifact = load_artifact(file)
+    path = selectors_file(file)
+    artifact = load_artifact(path)
     record = artifact.calibration
     facts = {
         "model": artifact.model_id + (f" @ {artifact.revision}" if artifact.revision else ""),
@@ -34,7 +41,7 @@ def info(
         f"hidden size {artifact.hidden_size}, {artifact.dtype}"
         + (", of the paper's form" if artifact.paper else ""),
         "default keep": f"{artifact.default_keep:.3f}",
-        "size": f"{file.stat().st_size:,} bytes",
+        "size": f"{path.stat().st_size:,} bytes",
         "data": record.data,
         "samples": f"{record.fitted} fitted, {record.held_out} held out",
         "sample ids": record.sample_ids,
@@ -54,4 +61,4 @@ def info(
     if plot is not None:
         from ..plots.budget import plot_budget
 
-        plot_budget(artifact, file.name, plot)
+        plot_budget(artifact, path.name, plot)

@@ -25,8 +25,12 @@ ModelOption = Annotated[
     str, typer.Option("--model", help="A name (see `alvts models`), a hub id or a folder.")
 ]
 SelectorsOption = Annotated[
-    Path | None,
-    typer.Option("--selectors", help="Fitted selectors; default: those found for the model."),
+    str | None,
+    typer.Option(
+        "--selectors",
+        help="Fitted selectors: a file, a folder, user/repo[@revision] or hf://... of the hub; "
+        "default: those found for the model.",
+    ),
 ]
 KeepOption = Annotated[
     str | None,

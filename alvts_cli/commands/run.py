@@ -153,7 +153,7 @@ def run(
         console().print(_table(*both))
 
 
-def _check_together(keep: str | None, selectors: Path | None, dense: bool, compare: bool) -> None:
+def _check_together(keep: str | None, selectors: str | None, dense: bool, compare: bool) -> None:
     """Refuse options that contradict each other."""
     others = {
         "--keep": keep is not None,

@@ -29,7 +29,7 @@ class Setup:
     model: str
     device: str
     dtype: str | None
-    selectors: Path | None
+    selectors: str | None
     keep: str | None
     dense: bool
     max_new_tokens: int
@@ -50,8 +50,10 @@ def answer_data(source: Source, out: Path, setup: Setup, limit: int | None, as_j
     if source.data == "pocket" and limit is None:
         raise AlvtsError("the scenes of pocket have no end; say how many with --samples")
     loaded = load_model(setup.model, setup.device, setup.dtype, setup.trust_remote_code)
-    file = None if setup.dense else setup.selectors or find_selectors(loaded)
-    selectors = None if file is None else selectors_for(loaded, file, setup.other_weights)
+    file = None if setup.dense else find_selectors(loaded, setup.selectors)
+    selectors = None
+    if file is not None:
+        selectors = selectors_for(loaded, str(file), setup.other_weights)
     job = Job(loaded, selectors, setup.keep, setup.max_new_tokens, setup.batch)
     words = console(error=True)
     with closing(Journal(out, _facts(job, source, reader, file))) as journal:

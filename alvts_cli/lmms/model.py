@@ -63,7 +63,8 @@ class Alvts(lmms):
         """
         Args:
             pretrained: a name, hub id or folder, as `load_model` takes it.
-            selectors: file; None for those that `find_selectors` finds.
+            selectors: a file, a folder or `user/repo[@revision]` of the hub; None for those that
+                `find_selectors` finds.
             keep: layer average; None for what the selectors say.
             method: one of `METHODS`; "dense" for the baseline, which needs neither of the two.
             device: "auto" is this process's GPU, or the CPU.
@@ -87,14 +88,12 @@ class Alvts(lmms):
         model = self._loaded.model
         if method == "alvts":
             # Once for all batches: every attachment takes the selectors to the device again.
-            path = None if selectors is None else Path(selectors)
-            self._attachment = attach(model, selectors_for(self._loaded, path), keep)
+            self._attachment = attach(model, selectors_for(self._loaded, selectors), keep)
         elif method != "dense":
             values = set(resolve_keep(keep, len(family_of(model).layers(model))).values)
             if len(values) > 1:
                 raise AlvtsError(f"the method {method} takes one keep, not one per layer")
-            path = None if selectors is None else Path(selectors)
-            given = selectors_for(self._loaded, path) if method in FITTED else None
+            given = selectors_for(self._loaded, selectors) if method in FITTED else None
             self._peer = make_method(method, given), values.pop()
 
     @torch.inference_mode()

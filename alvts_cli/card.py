@@ -1,0 +1,128 @@
+"""The card of selectors on the hub: what they are for, how well they do, and how they were made."""
+
+import re
+import shlex
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+from .artifact import Artifact
+
+LIBRARY = "alvts"
+
+_ID = r"[\w-][\w.-]*/[\w.-]+"
+
+
+def make_card(artifact: Artifact, repo: str) -> str:
+    """A README.md in Markdown, under the metadata that the hub reads.
+
+    Args:
+        artifact: the selectors.
+        repo: where they will be.
+    """
+    record = artifact.calibration
+    of_hub = _is_id(artifact.model_id)
+    # A folder's path is nobody else's business.
+    model = artifact.model_id if of_hub else Path(artifact.model_id).name
+    data = ModelCardData(
+        base_model=artifact.model_id if of_hub else None,
+        datasets=[record.data] if _is_id(record.data) else None,
+        library_name=LIBRARY,
+        pipeline_tag="image-text-to-text",
+        tags=["alvts", "visual-token-selection"],
+    )
+    samples = record.fitted + record.held_out
+    made = {
+        "--model": model,
+        "--data": "pocket" if record.data == "pocket scenes" else record.data,
+        "--samples": samples,
+        "--rank": artifact.rank,
+        "--seed": record.settings.get("seed", 0),
+    }
+    command = shlex.join(["alvts", "calibrate", *(str(x) for pair in made.items() for x in pair)])
+    mean = record.mean
+    versions = ", ".join(f"{name} {value}" for name, value in record.versions.items())
+    at = f" @ `{artifact.revision}`" if artifact.revision else ""
+    return f"""---
+{data.to_yaml()}
+---
+
+# Selectors for {model}
+
+Fitted by alvts for [adaptive layer-wise visual token selection](https://arxiv.org/abs/2606.14277):
+every decoder layer picks the few visual tokens it needs, the others skip it. The base model stays
+as it is, and is not in this repo.
+
+```sh
+alvts run --model {model} --selectors {repo} --keep 0.11 --image x.jpg --prompt "What is this?"
+```
+
+```python
+from alvts_cli import Artifact, attach
+
+with attach(model, Artifact.from_pretrained("{repo}"), keep=0.11):
+    model.generate(**inputs)
+```
+
+| | |
+|---|---|
+| base model | `{model}`{at}, {artifact.family} |
+| layers, width, rank | {len(artifact.layers)}, {artifact.hidden_size}, {artifact.rank} |
+| default keep ratio | {artifact.default_keep:.3f} |
+| data | {record.data}: {record.fitted} samples fitted, {record.held_out} measured on |
+| sample ids (SHA-256) | `{record.sample_ids}` |
+| versions | {versions} |
+
+## What is kept
+{_policies(artifact)}
+Recall of each layer's own choice on the samples that were not fitted, at a keep ratio of
+{record.settings.get("keep", artifact.default_keep):.3f}: {mean.recall_after:.3f} (mean over layers;
+{mean.recall_before:.3f} before the fit).
+
+| layer | loss before | loss after | recall before | recall after |
+|---|---|---|---|---|
+{_layers(artifact)}
+
+## How they were made
+
+```sh
+{command}
+```
+"""
+
+
+def _policies(artifact: Artifact) -> str:
+    trials = artifact.calibration.trials
+    if not trials:
+        return ""
+    picked = {one.keep: one.policy for one in artifact.picked}
+    rows = [
+        f"| {t.keep:.0%} | {t.policy}{' **(picked)**' * (picked.get(t.keep) == t.policy)} "
+        f"| {t.same:.1%} | {t.loss:.3f} |"
+        for t in trials
+    ]
+    return "\n".join(
+        [
+            "",
+            "Answers that are the dense model's own, token for token, on samples that were not "
+            "fitted, and their loss (KL to the dense model's, in nats):",
+            "",
+            "| keep | policy | same answers | loss |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _layers(artifact: Artifact) -> str:
+    return "\n".join(
+        f"| {i} | {fit.loss_before:.4f} | {fit.loss_after:.4f} | {fit.recall_before:.3f} "
+        f"| {fit.recall_after:.3f} |"
+        for i, fit in enumerate(artifact.calibration.layers)
+    )
+
+
+def _is_id(name: str) -> bool:
+    """Whether it reads as an id of the hub, and is not a folder of this machine."""
+    return re.fullmatch(_ID, name) is not None and not Path(name).exists()
