@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from io import BytesIO
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from .evaluate.batches import collate, end_token, ended
 from .families import family_of
 from .files import write_whole
 from .models import Loaded
+from .spread import Group
 
 FORMATS = (".jsonl", ".parquet")
 
@@ -49,6 +50,7 @@ class Job:
         keep: as `resolve_keep` reads it; None for what the selectors say.
         max_new_tokens: longest answer.
         batch: questions at once.
+        group: of the processes that share the windows.
     """
 
     loaded: Loaded
@@ -56,6 +58,7 @@ class Job:
     keep: str | None
     max_new_tokens: int
     batch: int
+    group: Group
 
 
 @dataclass(frozen=True)
@@ -84,52 +87,55 @@ class Line:
 
 
 class Journal:
-    """The answers there are so far, on disk."""
+    """The answers there are so far, on disk. Every process writes into a file of its own."""
 
-    def __init__(self, output: Path, facts: dict[str, Any]) -> None:
+    def __init__(self, output: Path, facts: dict[str, Any], group: Group | None = None) -> None:
         """
         Args:
             output: the file they are for.
             facts: plain values, what the answers depend on.
+            group: of the processes that share the work.
 
         Raises:
             AlvtsError: it cannot be written, is damaged, is in use, or is of a run with other
                 facts.
         """
-        self.path = output.with_name(f"{output.name}.partial")
+        self._group = group or Group()
+        self._first = output.with_name(f"{output.name}.partial")
+        self.path = self._named(self._group.rank)
         try:
             self._file = self.path.open("a+b")
         except OSError as error:
             raise AlvtsError(f"cannot write {self.path}: {error.strerror or error}") from error
         try:
-            self.lines = self._begin(facts)
+            self.lines = self._begin(json.loads(json.dumps(facts)))
         except AlvtsError:
             self._file.close()
             raise
 
+    def _named(self, rank: int) -> Path:
+        return self._first.with_name(f"{self._first.name}{rank or ''}")
+
     def _begin(self, facts: dict[str, Any]) -> dict[int, dict[str, Any]]:
-        """The lines there are."""
+        """The lines there are, in all files: there may have been more processes before."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise AlvtsError(f"another run is writing {self.path}") from None
+        lines: dict[int, dict[str, Any]] = {}
+        for rank in count():
+            path = self._named(rank)
+            if path.is_file():
+                lines |= _read(path, facts)
+            elif rank >= self._group.size:
+                break
+        # Nobody writes before all have read.
+        self._group.gather([rank])
         self._file.seek(0)
         data = self._file.read()
-        whole = data[: data.rfind(b"\n") + 1]
-        if whole != data:
-            self._file.truncate(len(whole))
-        now = json.dumps(facts).encode()
-        try:
-            facts, before, *rest = (json.loads(x) for x in (now, *(whole or now).splitlines()))
-            differing = [key for key in facts if before.get(key) != facts[key]]
-            lines = {line["index"]: line for line in rest}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            raise AlvtsError(f"{self.path} is damaged; delete it to start anew") from None
-        if differing:
-            raise AlvtsError(
-                f"cannot go on with {self.path}: it was made with other {', '.join(differing)}; "
-                "give the same options, or delete it"
-            )
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            self._file.truncate(whole)
         if not whole:
             self._write([facts])
         return lines
@@ -151,6 +157,10 @@ class Journal:
     def remove(self) -> None:
         """The output is written."""
         self.path.unlink(missing_ok=True)
+        rank = self._group.size
+        while self._group.first and self._named(rank).is_file():
+            self._named(rank).unlink()
+            rank += 1
 
     def _write(self, lines: Sequence[Any]) -> None:
         try:
@@ -159,6 +169,24 @@ class Journal:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise AlvtsError(f"cannot write {self.path}: {error.strerror or error}") from error
+
+
+def _read(path: Path, facts: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """The whole lines of a journal of a run with these facts."""
+    data = path.read_bytes()
+    lines = data[: data.rfind(b"\n") + 1].splitlines()
+    try:
+        before, *rest = map(json.loads, lines) if lines else [facts]
+        differing = [key for key in facts if before.get(key) != facts[key]]
+        found = {line["index"]: line for line in rest}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise AlvtsError(f"{path} is damaged; delete it to start anew") from None
+    if differing:
+        raise AlvtsError(
+            f"cannot go on with {path}: it was made with other {', '.join(differing)}; "
+            "give the same options, or delete it"
+        )
+    return found
 
 
 @torch.inference_mode()
@@ -185,7 +213,10 @@ def answer_all(
     if job.selectors is not None:
         selecting = attach(job.loaded.model, job.selectors, job.keep)
     with selecting as attachment, closing(reader.candidates) as candidates:
-        for window in _windows(islice(candidates, limit), _WINDOW * job.batch):
+        windows = _windows(islice(candidates, limit), _WINDOW * job.batch)
+        for number, window in enumerate(windows):
+            if not job.group.mine(number):
+                continue
             left = [i for i, _ in window if i not in journal.lines]
             advance(len(window) - len(left))
             if not left:

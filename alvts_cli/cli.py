@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from . import __version__
 from .commands.bench import EPILOG, bench
+from .commands.calibrate import EPILOG as CALIBRATE_EPILOG
 from .commands.calibrate import calibrate
 from .commands.eval import EPILOG as EVAL_EPILOG
 from .commands.eval import evaluate
@@ -152,7 +153,7 @@ app.command(epilog=RUN_EPILOG)(run)
 app.command(epilog=SHOW_EPILOG)(show)
 app.command(epilog=SERVE_EPILOG)(serve)
 app.command(epilog=EPILOG)(bench)
-app.command()(calibrate)
+app.command(epilog=CALIBRATE_EPILOG)(calibrate)
 app.command("eval", epilog=EVAL_EPILOG)(evaluate)
 app.command()(info)
 app.command()(models)

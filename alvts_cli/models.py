@@ -4,6 +4,7 @@ torch and transformers are imported where they are used, so that listing the nam
 """
 
 import json
+import os
 import re
 import warnings
 from dataclasses import dataclass
@@ -258,7 +259,9 @@ def parse_device(device: str) -> "torch.device":
     import torch
 
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Of several processes on a machine, each its own.
+        own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        return torch.device(own if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
         torch.empty(0, device=place)

@@ -12,6 +12,7 @@ from alvts_cli.engine import Policy, Selectors, attach
 from alvts_cli.engine.calls import going_on
 from alvts_cli.errors import AlvtsError
 from alvts_cli.prompts import padding_token
+from alvts_cli.spread import Group
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,12 @@ def answered(model: Any, inputs: Any, new_tokens: int) -> Answered:
 
 @torch.no_grad()
 def kept_answers(
-    model: Any, selectors: Selectors, keep: float, policy: Policy, samples: Sequence[Answered]
+    model: Any,
+    selectors: Selectors,
+    keep: float,
+    policy: Policy,
+    samples: Sequence[Answered],
+    group: Group | None = None,
 ) -> Kept:
     """What is left of the dense model's answers under a policy: prefill and cache as in use, the
     dense answer's tokens given one after the other.
@@ -83,19 +89,25 @@ def kept_answers(
         selectors: fitted for it.
         keep: ratio of visual tokens in every layer.
         policy: to try.
-        samples: the dense answers.
+        samples: the dense answers; of a group, those of this process.
+        group: of processes that have other samples; each gets what is left of all.
 
     Raises:
         AlvtsError: the loss is not finite.
     """
-    loss, same = 0.0, 0
+    group = group or Group()
+    found_here: list[tuple[int, float, bool]] = []
     with attach(model, selectors, [keep] * len(selectors.layers), policy=policy):
-        for one in samples:
+        for i, one in enumerate(samples):
             found = _predict(model, one).float().log_softmax(dim=-1).cpu()
-            loss += float(answer_divergence(one.dense, found))
+            loss = float(answer_divergence(one.dense, found))
             # Not the answer's tokens: a generation config may have ruled out the likeliest.
-            same += bool((found.argmax(dim=-1) == one.dense.argmax(dim=-1)).all())
-    return Kept(check_finite(loss / len(samples), model.dtype), same / len(samples))
+            same = bool((found.argmax(dim=-1) == one.dense.argmax(dim=-1)).all())
+            found_here.append((i * group.size + group.rank, loss, same))
+    # In the order of one process: sums depend on it.
+    every = sorted(group.gather(found_here))
+    mean = sum(loss for _, loss, _ in every) / len(every)
+    return Kept(check_finite(mean, model.dtype), sum(same for *_, same in every) / len(every))
 
 
 def _predict(model: Any, one: Answered) -> Tensor:

@@ -101,9 +101,10 @@ class Checkpoint:
         Raises:
             AlvtsError: the folder cannot be written.
         """
-        if not self.folder.exists():
+        if not (self.folder / "run.json").exists():
             try:
-                self.folder.mkdir()
+                # Another process may be making it.
+                self.folder.mkdir(exist_ok=True)
             except OSError as error:
                 raise AlvtsError(f"cannot make {self.folder}: {error.strerror}") from error
             write_whole(self.folder / "run.json", json.dumps(self._run).encode())

@@ -51,6 +51,7 @@ from typing import Any
 
 from alvts_cli.artifact import Trial
 from alvts_cli.engine import NAMED, PAPER, Picked, Policy, Selectors
+from alvts_cli.spread import Group
 
 from .answers import Answered, kept_answers
 
@@ -82,19 +83,21 @@ def try_policies(
     selectors: Selectors,
     samples: Sequence[Answered],
     on_trial: Callable[[int, int], None],
+    group: Group | None = None,
 ) -> tuple[Trial, ...]:
     """Every candidate at every ratio.
 
     Args:
         model: of a known family.
         selectors: with carries.
-        samples: that nothing was fitted on.
+        samples: that nothing was fitted on; of a group, those of this process.
         on_trial: called after each trial with the number so far, and that of all.
+        group: of processes that share the samples.
     """
     trials: list[Trial] = []
     for keep in RATIOS:
         for policy in CANDIDATES:
-            kept = kept_answers(model, selectors, keep, policy, samples)
+            kept = kept_answers(model, selectors, keep, policy, samples, group)
             trials.append(Trial(keep, policy, kept.loss, kept.same))
             on_trial(len(trials), len(RATIOS) * len(CANDIDATES))
     return tuple(trials)

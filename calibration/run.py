@@ -17,6 +17,7 @@ from alvts_cli.engine.probe import check_layers
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of
 from alvts_cli.prompts import build_inputs
+from alvts_cli.spread import Group
 
 from .answers import Answered, answered
 from .capture import Captured, capture
@@ -62,6 +63,7 @@ def calibrate(
     revision: str | None = None,
     checkpoint: Checkpoint | None = None,
     watch: Watch | None = None,
+    group: Group | None = None,
 ) -> Artifact:
     """Fit the selectors of every layer of `model`, which is left as it was.
 
@@ -83,13 +85,15 @@ def calibrate(
         revision: commit on the hub, for the artifact.
         checkpoint: keeps finished layers; the caller removes it once the artifact is written.
         watch: is told how far things are.
+        group: of processes that share the work, each with the same model, samples and settings;
+            all of them get the artifact.
 
     Raises:
         AlvtsError: an unknown architecture, quantised weights, too few usable samples, a rank
             above the model's, numbers that are not finite, or a checkpoint of another run.
     """
     settings = settings or Settings()
-    watch = watch or Watch()
+    watch, group = watch or Watch(), group or Group()
     family = family_of(model)
     family.check(model)
     check_layers(model)
@@ -115,7 +119,7 @@ def calibrate(
         "transformers": version("transformers"),
     }
 
-    fitted, held_out, answers, ids = _capture_all(model, processor, samples, settings, watch)
+    fitted, held_out, answers, ids = _capture_all(model, processor, samples, settings, watch, group)
     digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
     if data is None:
         data = samples.description if isinstance(samples, Reader) else "samples given in memory"
@@ -130,6 +134,8 @@ def calibrate(
                 "versions": versions,
             }
         )
+    # Nobody writes a layer before all have looked.
+    group.gather([group.rank])
 
     # Shallow copies: the sweep replaces the hidden states, and the others start at layer 0.
     again = [replace(one) for one in fitted[: settings.carry_samples]]
@@ -142,6 +148,7 @@ def calibrate(
         rank,
         checkpoint,
         lambda i, fit: watch.layer(i, len(layers), fit),
+        group,
     )
     counts = len(fitted), len(held_out)
     del fitted, held_out  # Their last hidden states are of no use, and large.
@@ -175,7 +182,7 @@ def calibrate(
     )
     if paper:
         return artifact
-    trials = try_policies(model, artifact, answers, watch.trial)
+    trials = try_policies(model, artifact, answers, watch.trial, group)
     return replace(artifact, picked=pick(trials), calibration=replace(record, trials=trials))
 
 
@@ -185,10 +192,15 @@ def config_name(model: Any) -> str:
 
 
 def _capture_all(
-    model: Any, processor: Any, samples: Iterable[Sample], settings: Settings, watch: Watch
+    model: Any,
+    processor: Any,
+    samples: Iterable[Sample],
+    settings: Settings,
+    watch: Watch,
+    group: Group,
 ) -> tuple[list[Captured], list[Captured], list[Answered], list[str]]:
     """What reaches layer 0 of the samples to fit on and of those to measure on, the first of the
-    latter again with their answers, and the ids of all."""
+    latter again with their answers (of a group, every process's share), and the ids of all."""
     text_config: Any = family_of(model).text_model(model).config
     fitted: list[Captured] = []
     held_out: list[Captured] = []
@@ -208,8 +220,9 @@ def _capture_all(
             broken.append(f"{sample.id}: {error}")
             watch.skipped(broken[-1])
             continue
+        number = len(held_out) - 1
         tries = measures and settings.form != "paper"
-        if tries and len(answers) < settings.policy_samples:
+        if tries and number < settings.policy_samples and group.mine(number):
             answers.append(answered(model, inputs, settings.answer_tokens))
         ids.append(sample.id)
         watch.sample(len(ids))

@@ -17,6 +17,7 @@ from alvts_cli.engine.probe import attention_means, project
 from alvts_cli.engine.scoring import TextRows, asking
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import QueryKey, family_of
+from alvts_cli.spread import Group
 
 from .align import Target, align, collate
 from .capture import Captured, advance, on_device
@@ -34,8 +35,12 @@ def sweep(
     rank: int,
     checkpoint: Checkpoint | None,
     on_layer: Callable[[int, LayerFit], None],
+    group: Group | None = None,
 ) -> list[LayerResult]:
     """Fit every layer. The samples' hidden states are those of layer 0, and are consumed.
+
+    Processes of a group fit different layers. Each runs all samples through all layers: sending the
+    hidden states would take longer, and so every fit is the very one that a single process makes.
 
     Args:
         model: of a known family, in eval mode.
@@ -44,7 +49,8 @@ def sweep(
         settings: of the run.
         rank: `R`.
         checkpoint: takes finished layers, and may hold some.
-        on_layer: called after each layer, which is on disk by then.
+        on_layer: called after each layer of this process, which is on disk by then.
+        group: of processes that share the layers; all of them get all results.
 
     Raises:
         AlvtsError: hidden states that are not finite.
@@ -52,28 +58,31 @@ def sweep(
     family = family_of(model)
     config: Any = family.text_model(model).config
     samples = [*fitted, *held_out]
-    results: list[LayerResult] = []
+    group = group or Group()
+    results: list[tuple[int, LayerResult]] = []
     layers: Any = family.layers(model)
     for i, layer in enumerate(layers):
-        result = checkpoint.load(i) if checkpoint else None
-        if result is None:
-            result = _fit_layer(
-                family.query_key(layer),
-                # Passed on and not kept: they hold this layer's hidden states.
-                [_target(layer, sample, i) for sample in fitted],
-                [_target(layer, sample, i) for sample in held_out],
-                settings,
-                rank,
-                seed=settings.seed * len(layers) + i,
-            )
-            if checkpoint:
-                checkpoint.save(i, result)
-        results.append(result)
-        on_layer(i, result.fit)
+        if group.mine(i):
+            result = checkpoint.load(i) if checkpoint else None
+            if result is None:
+                result = _fit_layer(
+                    family.query_key(layer),
+                    # Passed on and not kept: they hold this layer's hidden states.
+                    [_target(layer, sample, i) for sample in fitted],
+                    [_target(layer, sample, i) for sample in held_out],
+                    settings,
+                    rank,
+                    seed=settings.seed * len(layers) + i,
+                )
+                if checkpoint:
+                    checkpoint.save(i, result)
+            results.append((i, result))
+            on_layer(i, result.fit)
         if i + 1 < len(layers):
             for sample in samples:
                 advance(layer, i, config._attn_implementation, sample)
-    return results
+    every = sorted(group.gather(results), key=lambda one: one[0])
+    return [result for _, result in every]
 
 
 # Samples whose hidden states the start is scaled to.

@@ -9,6 +9,7 @@ import typer
 
 from .options import (
     MOST,
+    SPREAD,
     ColumnsOption,
     DeviceOption,
     DTypeOption,
@@ -19,6 +20,8 @@ from .options import (
     print_skipped,
     read_columns,
 )
+
+EPILOG = SPREAD.format("calibrate")
 
 
 def calibrate(
@@ -84,18 +87,22 @@ def calibrate(
     from ..artifact import LayerFit, save_artifact
     from ..files import check_writable, locked
     from ..models import OURS, load_model
+    from ..spread import join
     from ..terminal import console
 
     told = read_columns(columns)
     output = out or Path(f"{Path(model).name}.alvts.safetensors")
     # Everything that can be wrong is found before the model is loaded.
     check_writable(output, regular=True)
-    context.with_resource(locked(output, "a calibration"))
+    group = join(device)
+    if group.first:
+        context.with_resource(locked(output, "a calibration"))
     checkpoint = Checkpoint(output, resume)
     paper = form == "paper"
     settings = Settings.paper(rank=rank, seed=seed) if paper else Settings(form, rank, seed=seed)
     reader = read_data(Source(data, image_folder, told), samples, seed)
     words = console(error=True)
+    words.quiet = not group.first
     if resume and not checkpoint.found:
         done = f"; {output} is finished and will be replaced" if output.exists() else ""
         words.print(f"note: nothing to resume: there is no {checkpoint.folder}{done}")
@@ -103,6 +110,7 @@ def calibrate(
 
     refused: list[str] = []
     tables = console()
+    tables.quiet = not group.first
     parts = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"))
     try:
         with Progress(
@@ -111,7 +119,7 @@ def calibrate(
             console=words,
             transient=True,
             # Elsewhere than on a terminal it would leave an empty line.
-            disable=not words.is_terminal,
+            disable=not words.is_terminal or not group.first,
         ) as progress:
             images = progress.add_task("images", total=samples, done="")
             layers = progress.add_task("layers", total=None, done="")
@@ -142,6 +150,7 @@ def calibrate(
                 model_id=loaded.name if model in OURS else loaded.model_id,
                 revision=loaded.revision,
                 checkpoint=checkpoint,
+                group=group,
                 watch=Watch(
                     sample=lambda count: progress.update(
                         images, completed=count, done=f"{count} of {samples}"
@@ -156,6 +165,8 @@ def calibrate(
         if checkpoint.folder.exists():
             words.print(f"finished layers are in {checkpoint.folder}; go on with --resume")
         raise
+    if not group.first:
+        return
     save_artifact(artifact, output)
     checkpoint.remove()
 

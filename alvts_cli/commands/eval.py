@@ -1,5 +1,6 @@
 """`alvts eval`: what each method keeps of the dense model's answers, at equal cost."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from ..evaluate.scoring import SCORINGS
 from ..methods import FITTED, METHODS, PAPER, check_method
 from .options import (
     MOST,
+    SPREAD,
     ColumnsOption,
     DeviceOption,
     DTypeOption,
@@ -33,8 +35,14 @@ if TYPE_CHECKING:
     from ..evaluate.run import Plan
     from ..evaluate.store import Store
     from ..models import Loaded
+    from ..spread import Group
 
-EPILOG = "Figures for --gate: " + "; ".join(f"{name} ({about})" for name, about in FIGURES.items())
+EPILOG = (
+    "Figures for --gate: "
+    + "; ".join(f"{name} ({about})" for name, about in FIGURES.items())
+    + ". "
+    + SPREAD.format("eval")
+)
 
 
 def evaluate(
@@ -137,18 +145,19 @@ def evaluate(
     from ..data import Source
     from ..evaluate.data import read_data
     from ..evaluate.figures import summarise
-    from ..evaluate.run import evaluate as evaluate_set
     from ..evaluate.table import FORMAT, figures_by_name, to_json, to_table
     from ..evaluate.table import by_kind as kind_table
     from ..families import family_of
     from ..files import check_writable, is_stdout, write_whole
     from ..models import load_model
+    from ..spread import join
     from ..terminal import console, say
 
     if json_file is not None:
         check_writable(json_file)
     sources = [Source(one, image_folder, told) for one in data]
     sets = [read_data(source, samples, seed, scoring) for source in sources]
+    group = join(device)
     loaded = load_model(model, device, dtype, trust_remote_code)
     files = {FITTED: selectors, (PAPER,): paper_selectors}
     plan, facts = _plan(loaded, files, names, budgets, batch, seed, other_weights)
@@ -158,17 +167,20 @@ def evaluate(
     # What goes to standard output is JSON alone where that is asked for.
     aside = json_file is not None and is_stdout(json_file)
     tables = _wide(console(aside))
+    words.quiet = tables.quiet = not group.first
     text_model: Any = family_of(loaded.model).text_model(loaded.model)
     written, lines, passed = [], [], True
     for questions in sets:
-        store = context.with_resource(_store(facts, questions))
-        if fresh:
+        store = context.with_resource(_store(facts, questions, group))
+        if fresh and group.first:
             store.remove()
-        results = _with_progress(words, plan, questions, store, evaluate_set)
+        # Nobody looks for finished batches before.
+        group.gather([group.rank])
+        results = _with_progress(words, plan, questions, store, group)
         summary = summarise(
             questions, results, list(plan.runs), seed, text_model.config, loaded.dtype.itemsize
         )
-        if time:
+        if time and group.first:
             summary = _timed(words, plan, questions, summary)
         tables.print(to_table(summary))
         if by_kind:
@@ -184,6 +196,8 @@ def evaluate(
         f"{loaded.name}, {surroundings['hardware']}, {facts['dtype']}, torch "
         f"{surroundings['torch']}, transformers {surroundings['transformers']}"
     )
+    if not group.first:
+        return
     whole = {
         "format": FORMAT,
         "settings": {"name": loaded.name, **facts},
@@ -319,27 +333,32 @@ def _find_selectors(loaded: "Loaded") -> Path:
         ) from None
 
 
-def _store(facts: dict[str, Any], questions: "DataSet") -> "Store":
+def _store(facts: dict[str, Any], questions: "DataSet", group: "Group") -> "Store":
     from ..evaluate.store import Store
 
     asked = [(item.id, item.question, item.answers) for item in questions.items]
-    return Store({**facts, "data": questions.name, "asked": asked})
+    return Store({**facts, "data": questions.name, "asked": asked}, group)
 
 
-def _with_progress(words: Any, plan: "Plan", questions: "DataSet", store: Any, work: Any) -> Any:
-    """Run a data set under a bar with the time left."""
+def _with_progress(
+    words: Any, plan: "Plan", questions: "DataSet", store: Any, group: "Group"
+) -> Any:
+    """Run a data set under a bar with the time left; the first process's steps stand for all."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
+
+    from ..evaluate.run import evaluate as work
 
     batches = -(-len(questions.items) // plan.batch)
     name = TextColumn("{task.description}", markup=False)
     columns = (name, BarColumn(), MofNCompleteColumn(), Remaining())
     try:
         # Where nobody watches, even a bar that goes away again leaves an empty line.
-        off = not words.is_terminal
+        off = not words.is_terminal or not group.first
         with Progress(*columns, console=words, transient=True, disable=off) as progress:
             task = progress.add_task(questions.name, total=batches * (len(plan.runs) + 2))
-            return work(plan, questions, store, lambda steps: progress.advance(task, steps))
+            advance = partial(progress.advance, task)
+            return work(plan, questions, store, lambda n: advance(n * group.size), group)
     except KeyboardInterrupt:
         if store.kept:
             words.print("finished batches are kept; give the same command again to go on")

@@ -40,6 +40,13 @@ KeepOption = Annotated[
         "per layer with commas; default: what the selectors were fitted for.",
     ),
 ]
+SPREAD = (
+    "Several GPUs share the work when it is started as torchrun --nproc-per-node 4 -m alvts_cli "
+    "{} ..., or so by accelerate launch; several machines with --nnodes (pip install "
+    "'alvts[scale]')."
+)
+"""Of the commands that can, under their help."""
+
 ImageFolderOption = Annotated[
     Path | None,
     typer.Option(

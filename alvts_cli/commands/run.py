@@ -7,6 +7,7 @@ import typer
 
 from .options import (
     MOST,
+    SPREAD,
     ColumnsOption,
     DeviceOption,
     DTypeOption,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 EPILOG = (
     "`alvts run --data questions.jsonl --image-folder photos/ --out answers.parquet` answers a "
-    "whole set, and goes on where it stopped when it is given again."
+    "whole set, and goes on where it stopped when it is given again. " + SPREAD.format("run --data")
 )
 
 

@@ -15,6 +15,7 @@ from ..data import Reader, Source, read_data
 from ..errors import AlvtsError
 from ..files import check_writable
 from ..models import find_selectors, load_model
+from ..spread import join
 from ..terminal import console, say
 from .options import print_skipped
 
@@ -38,6 +39,15 @@ class Setup:
     other_weights: bool
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one of the processes did: its new answers, what it skipped, and the model's seconds."""
+
+    new: list[dict[str, Any]]
+    skipped: list[str]
+    seconds: float
+
+
 def answer_data(source: Source, out: Path, setup: Setup, limit: int | None, as_json: bool) -> None:
     """Answer the records of `source`, the first `limit` of them, and say what it took.
 
@@ -49,14 +59,16 @@ def answer_data(source: Source, out: Path, setup: Setup, limit: int | None, as_j
     reader = read_data(source, limit, None)
     if source.data == "pocket" and limit is None:
         raise AlvtsError("the scenes of pocket have no end; say how many with --samples")
+    group = join(setup.device)
     loaded = load_model(setup.model, setup.device, setup.dtype, setup.trust_remote_code)
     file = None if setup.dense else find_selectors(loaded, setup.selectors)
     selectors = None
     if file is not None:
         selectors = selectors_for(loaded, str(file), setup.other_weights)
-    job = Job(loaded, selectors, setup.keep, setup.max_new_tokens, setup.batch)
+    job = Job(loaded, selectors, setup.keep, setup.max_new_tokens, setup.batch, group)
     words = console(error=True)
-    with closing(Journal(out, _facts(job, source, reader, file))) as journal:
+    words.quiet = not group.first
+    with closing(Journal(out, _facts(job, source, reader, file), group)) as journal:
         before = len(journal.lines)
         try:
             seconds = _with_progress(words, job, reader, limit, journal)
@@ -64,16 +76,24 @@ def answer_data(source: Source, out: Path, setup: Setup, limit: int | None, as_j
             kept = len(journal.lines)
             words.print(f"{kept} answers are kept; give the same command again to go on")
             raise
-        lines = [line for i, line in journal.lines.items() if limit is None or i < limit]
-        if lines:
+        own = Share(list(journal.lines.values())[before:], reader.skipped, seconds)
+        shares = group.gather([own])
+        found = journal.lines | {one["index"]: one for share in shares for one in share.new}
+        lines = [line for i, line in found.items() if limit is None or i < limit]
+        if lines and group.first:
             write_answers(lines, out)
+        # No answer is forgotten before the output is there.
+        group.gather([group.rank])
         journal.remove()
-    skipped = reader.skipped
+    if not group.first:
+        return
+    skipped = [line for share in shares for line in share.skipped]
     if not lines:
         such = f"; {len(skipped)} were skipped, such as {skipped[0]}" if skipped else ""
         raise AlvtsError(f"no question in {source.data} could be answered{such}")
     print_skipped(words, skipped)
-    told = _told(lines, list(journal.lines.values())[before:], seconds)
+    new = [line for share in shares for line in share.new]
+    told = _told(lines, new, max(share.seconds for share in shares))
     told |= {"out": str(out), "skipped": len(skipped)}
     say(json.dumps(told) if as_json else _sentence(told))
 
@@ -86,10 +106,12 @@ def _with_progress(
         total = min(total, limit)
     columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     # Where nobody watches, even a bar that goes away again leaves an empty line.
-    off = not words.is_terminal
+    off = not words.is_terminal or not job.group.first
     with Progress(*columns, console=words, transient=True, disable=off) as progress:
         task = progress.add_task("answers", total=total)
-        return answer_all(job, reader, limit, journal, lambda n: progress.advance(task, n))
+        return answer_all(
+            job, reader, limit, journal, lambda n: progress.advance(task, n * job.group.size)
+        )
 
 
 def _facts(job: Job, source: Source, reader: Reader, selectors: Path | None) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ..families import family_of
 from ..methods.base import Method
 from ..models import Loaded
 from ..prompts import build_inputs
+from ..spread import Group
 from .batches import collate, end_token
 from .data import DataSet, Item
 from .store import Store
@@ -90,7 +91,11 @@ Outcomes = dict[str, Outcome]
 
 @torch.inference_mode()
 def evaluate(
-    plan: Plan, data: DataSet, store: Store, advance: Callable[[int], None]
+    plan: Plan,
+    data: DataSet,
+    store: Store,
+    advance: Callable[[int], None],
+    group: Group | None = None,
 ) -> list[Outcomes]:
     """The outcomes of every sample, in the order of the data.
 
@@ -99,14 +104,18 @@ def evaluate(
         data: the questions.
         store: holds the batches finished by an interrupted run, and takes the others.
         advance: called with the number of runs of a batch that were just finished.
+        group: of processes that share the batches; all of them get all outcomes.
 
     Raises:
         AlvtsError: a picture that cannot be read, a prompt that does not fit the model, or a
             store that cannot be written.
     """
-    results: list[Outcomes] = []
+    group = group or Group()
+    results: list[tuple[int, list[Outcomes]]] = []
     labels = [DENSE, BLIND, *(run.label for run in plan.runs)]
     for number, start in enumerate(range(0, len(data.items), plan.batch)):
+        if not group.mine(number):
+            continue
         items = data.items[start : start + plan.batch]
         saved = _unpack(store.load(number), labels, len(items))
         if saved is None:
@@ -114,8 +123,9 @@ def evaluate(
             store.save(number, [{k: vars(v) for k, v in one.items()} for one in saved])
         else:
             advance(len(labels))
-        results += saved
-    return results
+        results.append((number, saved))
+    ordered = sorted(group.gather(results), key=lambda one: one[0])
+    return [outcomes for _, batch in ordered for outcomes in batch]
 
 
 def _unpack(saved: Any, labels: list[str], count: int) -> list[Outcomes] | None:

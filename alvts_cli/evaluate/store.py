@@ -20,6 +20,7 @@ from typing import Any
 from ..cache import cache_folder
 from ..errors import AlvtsError
 from ..files import locked, read_text, write_whole
+from ..spread import Group
 
 
 class Store:
@@ -29,21 +30,24 @@ class Store:
     a warning says so and the run goes on without.
     """
 
-    def __init__(self, facts: dict[str, Any]) -> None:
+    def __init__(self, facts: dict[str, Any], group: Group | None = None) -> None:
         """
         Args:
             facts: plain values, all that decides the result beside alvts' code.
+            group: of processes that share the batches; the first one locks the run for all.
         """
         text = json.dumps({**facts, "code": _code()}, sort_keys=True)
         self.key = hashlib.sha256(text.encode()).hexdigest()[:24]
         self._lock = ExitStack()
+        self._group = group or Group()
         self.folder: Path | None = None
 
     def __enter__(self) -> "Store":
         try:
             folder = cache_folder() / "eval" / self.key
             folder.parent.mkdir(parents=True, exist_ok=True)
-            self._lock.enter_context(locked(folder, "the same evaluation"))
+            if self._group.first:
+                self._lock.enter_context(locked(folder, "the same evaluation"))
             self.folder = folder
         except (AlvtsError, OSError) as error:
             self._do_without(error)

@@ -1,0 +1,111 @@
+"""Two processes, started by torchrun, do what one does."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cli_tools import alvts
+from safetensors.torch import load_file
+from test_calibration_command import small_folder
+
+from alvts_cli.artifact import load_artifact
+from alvts_cli.spread import Group, join
+
+pytest.importorskip("accelerate")
+
+SCRIPT = """
+import json, sys
+from typer.testing import CliRunner
+from alvts_cli.cli import app
+
+for args in json.load(open(sys.argv[1])):
+    done = CliRunner().invoke(app, args)
+    print(json.dumps([done.exit_code, done.stdout, done.stderr]), flush=True)
+    if done.exit_code:
+        sys.exit(1)
+"""
+
+
+def commands(folder: Path) -> list[list[str]]:
+    """Of a calibration, an evaluation and answers, all under one folder."""
+    model = ("--model", small_folder(), "--device", "cpu")
+    selectors = folder / "s.safetensors"
+    lines: list[tuple[object, ...]] = [
+        ("calibrate", *model, "--samples", 10, "--rank", 8, "--out", selectors),
+        (
+            *("eval", *model, "--methods", "dense,alvts,random", "--selectors", selectors),
+            *("--keep", "32", "--samples", 7, "--batch", 2, "--json", folder / "eval.json"),
+        ),
+        (
+            *("run", *model, "--data", "pocket", "--samples", 20, "--batch", 1, "--json"),
+            *("--selectors", selectors, "--max-new-tokens", 3, "--out", folder / "a.jsonl"),
+        ),
+    ]
+    return [list(map(str, line)) for line in lines]
+
+
+def test_two_processes_make_what_one_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    (two / "script.py").write_text(SCRIPT)
+    (two / "commands.json").write_text(json.dumps(commands(two)))
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = subprocess.run(
+        [sys.executable, *launch, str(two / "script.py"), str(two / "commands.json")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    assert len(told) == 6
+    # One of the two says it all, the other nothing.
+    for words in ("recall before", "7 questions", '"answers": 20'):
+        assert sum(words in out for _, out, _ in told) == 1
+    assert sum(out == "" for _, out, _ in told) == 3
+
+    for line in commands(one):
+        result = alvts(*line)
+        assert result.exit_code == 0, result.output
+    name = "s.safetensors"
+    expected, found = load_file(one / name), load_file(two / name)
+    assert expected.keys() == found.keys()
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=0, atol=1e-5)
+    records = [load_artifact(folder / name) for folder in (one, two)]
+    assert records[0].picked == records[1].picked
+    assert records[0].schedules == records[1].schedules
+    assert [t.same for t in records[0].calibration.trials] == [
+        t.same for t in records[1].calibration.trials
+    ]
+    assert (one / "a.jsonl").read_text() == (two / "a.jsonl").read_text()
+    data = [json.loads((folder / "eval.json").read_text())["data"] for folder in (one, two)]
+    assert data[0] == data[1]
+    assert sorted(path.name for path in two.iterdir()) == [
+        *("a.jsonl", "commands.json", "eval.json", "s.safetensors", "script.py")
+    ]
+
+
+def test_work_is_shared_without_gaps() -> None:
+    group = [Group(rank, 3) for rank in range(3)]
+    for number in range(9):
+        assert [one.mine(number) for one in group].count(True) == 1
+    assert Group().gather([1, 2]) == [1, 2] and Group().first and not group[1].first
+
+
+def test_a_process_by_itself_needs_no_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    from alvts_cli import AlvtsError
+
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert join("auto") == Group()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(AlvtsError, match=r"pip install 'alvts\[scale\]'"):
+        join("auto")
