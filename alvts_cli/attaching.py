@@ -1,10 +1,10 @@
-"""`alvts_cli.attach`: the engine's, which takes a file of selectors too."""
+"""`alvts_cli.attach`: the engine's, which takes files and hub ids of selectors too."""
 
 import os
 from collections.abc import Mapping
 from typing import Any
 
-from .artifact import load_artifact
+from .artifact import Artifact
 from .engine import Attachment, Keep, Policy, Selectors
 from .engine.attaching import attach as attach_selectors
 from .engine.attaching import check_whole
@@ -26,17 +26,17 @@ def attach(
 
     Args:
         model: a vision-language model of a known family.
-        selectors: fitted for this model; or the path of a file of them, which is checked against
-            the model.
+        selectors: fitted for this model; or where they are, as `Artifact.from_pretrained` takes it,
+            checked against the model.
         keep, policy, compile: see `engine.attaching.attach`.
 
     Raises:
-        AlvtsError: what `engine.attaching.attach`, `load_artifact` and `Artifact.check_model`
-            refuse.
+        AlvtsError: what `engine.attaching.attach`, `Artifact.from_pretrained` and
+            `Artifact.check_model` refuse.
     """
     if isinstance(selectors, str | os.PathLike):
         check_whole(model)
-        artifact = load_artifact(selectors)
+        artifact = Artifact.from_pretrained(os.fspath(selectors))
         artifact.check_model(model)
         selectors = artifact
     return attach_selectors(model, selectors, keep, policy=policy, compile=compile)

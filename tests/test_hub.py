@@ -72,7 +72,7 @@ def test_revisions_addresses_and_what_is_not_there(hub, tmp_path):
     )
     for done, words in zip(told, names.values(), strict=True):
         assert done.code == bool(words), done
-        assert done.stderr.count("\n") == bool(words)
+        assert done.stderr.count("error: ") == bool(words)
         assert words in done.stderr
     assert "cannot push to me/new" in refused.stderr and "hf auth login" in refused.stderr
     assert refused.code == 1 and "me/new" not in hub.repos
