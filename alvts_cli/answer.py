@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import TextStreamer
 
-from .artifact import Artifact, load_artifact
+from .artifact import Artifact, load_artifact, quantised
 from .bench.timing import generate
 from .engine import Watch, attach
 from .errors import AlvtsError
@@ -85,6 +85,12 @@ def selectors_for(loaded: Loaded, named: str | None, other_weights: bool = False
     """
     artifact = load_artifact(find_selectors(loaded, named))
     artifact = artifact.check_model(loaded.model, loaded.name, other_weights)
+    if quantised(loaded.model):
+        say(
+            f"note: {loaded.name} is quantised; the selectors were fitted on {artifact.model_id}, "
+            "with more bits or not",
+            error=True,
+        )
     if artifact.other_weights:
         say(f"note: {of_other_weights(artifact, loaded.name)}", error=True)
     return artifact

@@ -33,6 +33,7 @@ from .engine.scoring import LayerSelector
 from .engine.sizes import PLACES
 from .errors import AlvtsError
 from .families import family_of
+from .families.layer import is_quantised, parts_of
 from .files import open_regular, write_whole
 from .schema import Count, Finite, Record, Whole, check, parse_json
 
@@ -208,7 +209,7 @@ class Artifact:
     ) -> "Artifact":
         """Refuse any other model than the one the selectors were fitted for.
 
-        The same weights in another float dtype pass.
+        The same weights in another float dtype pass, and so do they quantised.
 
         Args:
             model: a loaded model.
@@ -229,14 +230,7 @@ class Artifact:
         made_for = f"the selectors were made for {self.model_id}"
         if its != mine:
             raise AlvtsError(f"{made_for} ({mine}), not for {name} ({its})")
-        values = fingerprint(model)
-        if values.shape != self.fingerprint.shape or not torch.allclose(
-            # bfloat16 rounds by up to 0.4 %; float16 by 3e-8 where values are tiny.
-            values,
-            self.fingerprint,
-            rtol=0.01,
-            atol=1e-6,
-        ):
+        if not _same(fingerprint(model), self.fingerprint, quantised(model)):
             if other_weights:
                 return replace(self, other_weights=True)
             raise AlvtsError(
@@ -244,6 +238,23 @@ class Artifact:
                 "calibrate, or use these as they are with --other-weights"
             )
         return self
+
+
+def quantised(model: Any) -> bool:
+    """Whether the decoder's projections are quantised."""
+    return is_quantised(parts_of(family_of(model).layers(model)[0]).key)
+
+
+def _same(values: Tensor, wanted: Tensor, rounded: bool) -> bool:
+    """Whether two fingerprints are of the same weights, in another float dtype or `rounded`."""
+    if values.shape != wanted.shape:
+        return False
+    if rounded:
+        # 4 bits are off by up to a quarter of a layer's values, other weights by more than all.
+        off = (values - wanted).square().sum(dim=(1, 2))
+        return bool((off <= 0.3 * wanted.square().sum(dim=(1, 2))).all())
+    # bfloat16 rounds by up to 0.4 %; float16 by 3e-8 where values are tiny.
+    return torch.allclose(values, wanted, rtol=0.01, atol=1e-6)
 
 
 def fingerprint(model: Any) -> Tensor:

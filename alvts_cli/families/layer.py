@@ -89,16 +89,10 @@ def describe(layer: Any) -> QueryKey:
     """The projections and norms of one decoder layer.
 
     Raises:
-        AlvtsError: it has other parts than alvts knows, or its weights are quantised, so no matrix
-            can be read from them.
+        AlvtsError: it has other parts than alvts knows, or is quantised in a way that is not known.
     """
     parts = parts_of(layer)
-    for projection in (parts.query, parts.key):
-        if not torch.is_floating_point(projection.weight):
-            raise AlvtsError(
-                "the query and key projections are quantised and cannot be read; "
-                "load the model in bfloat16, float16 or float32"
-            )
+    w_q, w_k = matrix_of(parts.query), matrix_of(parts.key)
     eps, heads = norm_eps(parts.norm), (parts.query_norm, parts.key_norm)
     if any(head is not None and norm_eps(head) != eps for head in heads):
         raise AlvtsError(
@@ -106,17 +100,55 @@ def describe(layer: Any) -> QueryKey:
         )
     q_norm, k_norm = (None if head is None else norm_weight(head) for head in heads)
     return QueryKey(
-        w_q=parts.query.weight,
+        w_q=w_q,
         b_q=parts.query.bias,
-        w_k=parts.key.weight,
+        w_k=w_k,
         b_k=parts.key.bias,
-        num_heads=parts.query.weight.shape[0] // parts.head_dim,
-        num_kv_heads=parts.key.weight.shape[0] // parts.head_dim,
+        num_heads=w_q.shape[0] // parts.head_dim,
+        num_kv_heads=w_k.shape[0] // parts.head_dim,
         head_dim=parts.head_dim,
         norm_weight=norm_weight(parts.norm),
         norm_eps=eps,
         q_norm=q_norm,
         k_norm=k_norm,
+    )
+
+
+def is_quantised(projection: Any) -> bool:
+    """Whether the weight of a projection is not a plain matrix of floats."""
+    weight = projection.weight
+    return not torch.is_floating_point(weight) or hasattr(weight, "tensor_data_names")
+
+
+@torch.no_grad()
+def matrix_of(projection: Any) -> Tensor:
+    """The weight of a projection, `[out, in]`; of a quantised one, what its library makes of it.
+
+    Raises:
+        AlvtsError: it is quantised by a library other than bitsandbytes and torchao.
+    """
+    weight: Any = projection.weight
+    if not is_quantised(projection):
+        plain: Tensor = weight
+        return plain
+    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+        # By what it does to every unit vector: on a CPU the 4 bits are packed anew at the first
+        # forward, and the library's own functions then read nonsense.
+        half = type(weight).__name__ == "Int8Params"
+        dtype = torch.float16 if half else torch.float32
+        made: Tensor = projection(
+            torch.eye(projection.in_features, device=weight.device, dtype=dtype)
+        )
+        made = made if projection.bias is None else made - projection.bias
+        return made.T
+    # torchao's tensors; one of torch itself has a method of that name, too, which fails.
+    if hasattr(weight, "tensor_data_names"):
+        whole: Tensor = weight.dequantize()
+        return whole
+    raise AlvtsError(
+        f"the query and key projections are quantised ({type(projection).__name__}) and cannot be "
+        "read; load the model in bfloat16, float16 or float32, or quantise it with bitsandbytes or "
+        "torchao"
     )
 
 
