@@ -113,7 +113,6 @@ def test_selectors_follow_the_model_to_another_dtype(policy):
 
     model, selectors = make_model(FAMILY), make_selectors(FAMILY)
     if policy != "paper":
-        pytest.importorskip("test_artifact")
         from test_artifact import make_artifact
 
         selectors = make_artifact()
