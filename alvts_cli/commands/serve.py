@@ -1,5 +1,6 @@
 """`alvts serve`: a model with selection behind OpenAI's interface."""
 
+import sys
 from pathlib import Path
 from socket import AF_INET, AF_INET6, create_server
 from socket import socket as Socket
@@ -8,7 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import AlvtsError
-from .options import DeviceOption, DTypeOption, KeepOption, ModelOption, SelectorsOption, check_keep
+from .options import (
+    DeviceOption,
+    DTypeOption,
+    KeepOption,
+    ModelOption,
+    OtherWeightsOption,
+    SelectorsOption,
+    TrustOption,
+    check_keep,
+)
 
 EPILOG = (
     "Example: `alvts serve --model llava-1.5-7b --keep 64`, then any OpenAI client with "
@@ -41,6 +51,8 @@ def serve(
     ] = None,
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
+    trust_remote_code: TrustOption = False,
+    other_weights: OtherWeightsOption = False,
 ) -> None:
     """Serve a model through OpenAI's chat completions, with selection. Needs alvts[serve]."""
     check_keep(keep)
@@ -57,17 +69,19 @@ def serve(
     from ..models import load_model
     from ..serve.app import Models, make_app
     from ..serve.pictures import Sources
+    from ..terminal import say
 
     def read() -> tuple[Any, Any]:
-        loaded = load_model(model, device, dtype)
-        return loaded, selectors_for(loaded, selectors)
+        loaded = load_model(model, device, dtype, trust_remote_code)
+        return loaded, selectors_for(loaded, selectors, other_weights)
 
     # Before the model is loaded: the port may be taken.
     with _listen(host, port) as socket:
         models = Models(model, read, keep, unload_after)
         sources = Sources(image_folder, tuple(name.lower() for name in allow_host or ()))
         server = uvicorn.Server(uvicorn.Config(make_app(models, sources)))
-        print(f"serving {model} at http://{host}:{socket.getsockname()[1]}/v1", flush=True)
+        say(f"serving {model} at http://{host}:{socket.getsockname()[1]}/v1")
+        sys.stdout.flush()
         try:
             server.run(sockets=[socket])
         except KeyboardInterrupt:

@@ -25,6 +25,7 @@ from ..errors import AlvtsError
 from ..families import family_of
 from ..models import Loaded, first_line
 from ..prompts import usual_template
+from ..terminal import one_line
 from .pictures import Sources
 from .request import check_request, parts_of
 
@@ -167,7 +168,9 @@ class Chat(ChatCompletionHandler):
         except HTTPException as error:
             return _refused(error.status_code, str(error.detail))
         except Exception as error:
-            logging.getLogger("uvicorn.error").error("%s: %s", type(error).__name__, error)
+            logging.getLogger("uvicorn.error").error(
+                "%s: %s", type(error).__name__, one_line(str(error))
+            )
             return _refused(500, first_line(error))
 
     def _prepare(self, body: dict[str, Any]) -> None:
