@@ -328,7 +328,7 @@ def test_the_command_listens_and_stops() -> None:
         client = openai.OpenAI(base_url=line.split()[-1], api_key="none", timeout=60)
         assert kept(ask(client)) == (256, 12)
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=60)
         assert process.returncode == 0 and "Traceback" not in errors, errors
     finally:
         process.kill()
