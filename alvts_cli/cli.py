@@ -24,6 +24,7 @@ from .commands.eval import EPILOG as EVAL_EPILOG
 from .commands.eval import evaluate
 from .commands.info import info
 from .commands.models import models
+from .commands.plan import plan
 from .commands.pocket import pocket
 from .commands.push import EPILOG as PUSH_EPILOG
 from .commands.push import push
@@ -158,6 +159,7 @@ app.command("eval", epilog=EVAL_EPILOG)(evaluate)
 app.command()(info)
 app.command()(models)
 app.command(epilog=PUSH_EPILOG)(push)
+app.command()(plan)
 app.add_typer(pocket, name="pocket")
 app.add_typer(smol, name="smol")
 

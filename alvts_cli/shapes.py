@@ -498,6 +498,13 @@ def shape_config(name: str, layers: int | None = None, hidden_size: int | None =
     return config
 
 
+def cut_tower(config: Any, layers: int) -> None:
+    """Cut the vision tower of `config` to its first layers, or leave it where it has no more."""
+    vision = config.vision_config
+    name = "depth" if hasattr(vision, "depth") else "num_hidden_layers"
+    setattr(vision, name, min(layers, getattr(vision, name)))
+
+
 def _narrow(name: str, config: Any, hidden_size: int) -> None:
     """Give the decoder of `config` another width."""
     text = config.text_config

@@ -7,5 +7,8 @@
 - `launches`   what a GPU would be asked to launch, counted without one
 - `metrics`    the figures by name, and gates on them
 - `report`     the table and the JSON file
+- `decode`     tokens per second at growing batches
+- `planned`    what `alvts plan` says, beside what was measured
+- `suite`      a whole table by one command, with `tracing` and `markdown`
 - `baseline`   comparing with an earlier JSON file
 """

@@ -13,6 +13,7 @@ GPU, numbers there are none. Whatever reaches the dispatcher is counted.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -69,6 +70,7 @@ class Launches:
     copies: int
     copies_once: int
     operators: dict[str, tuple[str, ...]]
+    moved: dict[str, int]
 
     def over_dense(self, keep_counts: Sequence[int], visual_tokens: int, policy: Policy) -> int:
         """Launches of a whole prefill over those of the dense model.
@@ -157,16 +159,19 @@ def count_launches(
         copies=sum(span.copies for span in layers),
         copies_once=each.rest.copies - dense.rest.copies,
         operators={name: tuple(span.launches) for name, span in kinds.items()},
+        moved={name: span.moved for name, span in kinds.items()},
     )
 
 
 @dataclass
 class Span:
-    """A stretch of a forward: what it launched, in order, and how often host and device met."""
+    """A stretch of a forward: what it launched, in order, and how often host and device met, and
+    bytes that moved."""
 
     launches: list[str] = field(default_factory=list)
     syncs: int = 0
     copies: int = 0
+    moved: int = 0
 
 
 @dataclass
@@ -355,7 +360,12 @@ class _Counter(TorchDispatchMode):
             self._span.copies += 1
         else:
             self._span.launches.append(name)
+            if name not in _PRODUCTS:
+                self._span.moved += sum(map(_size, (*given, *made)))
 
+
+_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv")
+"""Operators that are mostly arithmetic."""
 
 _ALLOCATIONS = (
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"),
@@ -405,6 +415,12 @@ class _Indexing(TorchFunctionMode):
         if func is functional.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _size(tensor: Tensor) -> int:
+    """Bytes that are really there, of a tensor that may repeat some."""
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.element_size() * math.prod(size for size, stride in strides if stride)
 
 
 def _real() -> AbstractContextManager[Any]:

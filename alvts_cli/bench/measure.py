@@ -127,7 +127,7 @@ def measure(
         {name: _peer(racing[name], dense.runs) for name in against},
         dense.peak,
         selective.peak,
-        {**timed, **_counted(subject, selective.kept)},
+        {**timed, **_counted(subject, selective.kept), "plan_error": nan},
         intervals,
     )
 

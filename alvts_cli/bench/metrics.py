@@ -63,6 +63,7 @@ METRICS: dict[str, Metric] = {
     "decode_ms_dense": Metric("the same, dense", 0, False),
     "total_ms": Metric("whole generation, selective", -1, False),
     "total_ms_dense": Metric("the same, dense", 0, False),
+    "plan_error": Metric("predicted prefill speed-up off the measured, --against-plan", -1, False),
 }
 
 

@@ -40,15 +40,13 @@ _PROFILE = {
 
 def environment(model: Any) -> dict[str, Any]:
     """What the figures depend on beside the settings."""
-    place = model.device
-    hardware = torch.cuda.get_device_name(place) if place.type == "cuda" else _cpu_name()
     return {
         "alvts": __version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "system": f"{platform.system()} {platform.machine()}",
-        "hardware": hardware,
+        "hardware": hardware_name(model.device),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "attention": model.config._attn_implementation,
@@ -276,8 +274,10 @@ def _interval(point: float, ends: tuple[float, float]) -> str:
     return f"{point:.2f} ({ends[0]:.2f}-{ends[1]:.2f})"
 
 
-def _cpu_name() -> str:
-    """The processor by its name where the system tells."""
+def hardware_name(device: torch.device) -> str:
+    """The GPU, or the processor by its name where the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     if sys.platform == "linux":
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

@@ -1,7 +1,7 @@
 """What is measured: a model, a batch of equal prompts, selectors, and how much they keep."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..hub import selectors_file
 from ..memory import memory_need, prefill_need, require_memory
 from ..models import cpu_computes_bfloat16, find_selectors, load_model, parse_device, parse_dtype
 from ..prompts import build_inputs, read_image
-from ..shapes import random_model, shape_config
+from ..shapes import cut_tower, random_model, shape_config
 from .compiled import weights_frozen
 from .inputs import check_length, synthetic_inputs, usual_visual_tokens
 from .selectors import random_selectors
@@ -94,7 +94,11 @@ class Wanted:
 
 
 def random_subject(
-    wanted: Wanted, layers: int | None, hidden_size: int | None, say: Callable[[str], None]
+    wanted: Wanted,
+    layers: int | None,
+    hidden_size: int | None,
+    say: Callable[[str], None],
+    tower_layers: int | None = None,
 ) -> Subject:
     """A known model's shape with random weights and, unless a file is named, random selectors.
 
@@ -103,6 +107,7 @@ def random_subject(
         layers: decoder layers to cut it to, or None for all.
         hidden_size: width to cut it to, or None for its own.
         say: told the memory need before anything is built.
+        tower_layers: layers to cut the vision tower to, or None for all.
 
     Raises:
         AlvtsError: an unknown name, too little memory, or what `synthetic_inputs` and
@@ -116,6 +121,8 @@ def random_subject(
     else:
         precision = torch.bfloat16
     config = shape_config(wanted.name, layers, hidden_size)
+    if tower_layers is not None:
+        cut_tower(config, tower_layers)
     visual = wanted.visual_tokens or usual_visual_tokens(config)
     check_length(config, visual + wanted.text_tokens)
     tokens = visual + wanted.text_tokens + NEW_TOKENS
@@ -153,6 +160,31 @@ def loaded_subject(wanted: Wanted, images: Sequence[Path], prompt: str) -> Subje
         _require_room(wanted, model, visual + wanted.text_tokens)
         inputs = synthetic_inputs(model, wanted.batch, wanted.visual_tokens, wanted.text_tokens)
     return _subject(wanted, model, inputs, selectors, str(path), False, False)
+
+
+def variant(subject: Subject, batch: int, policy: str, compile: bool) -> Subject:
+    """The same model and prompt, run otherwise.
+
+    Args:
+        subject: at batch 1.
+        batch: equal prompts at once.
+        policy: by its name.
+        compile: run all decoders through `torch.compile`.
+    """
+    changed = parse_policy(policy)
+    return replace(
+        subject,
+        inputs={key: torch.cat([value] * batch) for key, value in subject.inputs.items()},
+        policy=changed,
+        compile=compile,
+        settings={
+            **subject.settings,
+            "batch": batch,
+            "policy": str(changed),
+            "compiled": compile,
+            "frozen_weights": compile and weights_frozen(),
+        },
+    )
 
 
 def rank_of(selectors: Selectors) -> int:

@@ -1,7 +1,9 @@
 """`alvts bench`: dense against selective, side by side in one run."""
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +24,9 @@ from .options import (
     check_keep,
     check_plots,
 )
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 TEXT_TOKENS = 64
 
@@ -87,6 +92,26 @@ def bench(
     compile: Annotated[
         bool, typer.Option("--compile", help="Run all decoders through torch.compile.")
     ] = False,
+    decode: Annotated[
+        bool,
+        typer.Option("--decode", help="Tokens per second of decoding too, at batch 1 to 32."),
+    ] = False,
+    against_plan: Annotated[
+        bool,
+        typer.Option(
+            "--against-plan", help="Also measure the machine, and say what `plan` predicts for it."
+        ),
+    ] = False,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            help="gpu: a whole table on random weights in under 10 minutes (three models, batch 1 "
+            "and 8, eager and compiled, decoding); --layers cuts vision towers too."
+        ),
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Print the README's table from a --json file of a --suite.")
+    ] = None,
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
     trust_remote_code: TrustOption = False,
@@ -128,6 +153,11 @@ def bench(
     Without --image the prompt is made up, of the family's usual size. A failed gate and a
     regression exit with 1.
     """
+    if table is not None:
+        from ..bench.markdown import read_table
+
+        print(read_table(table), end="")
+        return
     check_plots(plot, earlier)
     if answers and plot is None:
         raise typer.BadParameter("only with --plot", param_hint="--answers")
@@ -143,21 +173,45 @@ def bench(
     check_keep(keep)
     peers = _peers(against)
     _check_together(image, prompt, visual_tokens, text_tokens, random_weights)
-    for option, given in (("--profile", profile), ("--against", against)):
+    for option, given in (
+        *(("--profile", profile), ("--against", against)),
+        *(("--decode", decode), ("--against-plan", against_plan)),
+    ):
         if compile and given:
             raise typer.BadParameter("not with --compile", param_hint=option)
     for option, value in (("--layers", layers), ("--hidden-size", hidden_size)):
-        if value is not None and not random_weights:
+        if value is not None and not (random_weights or suite):
             raise typer.BadParameter("only with --random-weights", param_hint=option)
+    if suite is not None:
+        _check_suite(
+            suite,
+            {
+                "--model": model != "pocket",
+                "--selectors": selectors,
+                "--policy": policy,
+                "--batch": batch != 1,
+                "--image": image,
+                "--against": against,
+                "--profile": profile,
+                "--compile": compile,
+                "--decode": decode,
+                "--against-plan": against_plan,
+                "--gate": gate,
+                "--baseline": baseline,
+                "--plot": plot,
+            },
+        )
 
     import json
 
-    from rich.progress import Progress
-
+    from ..bench import decode as decoding
+    from ..bench import planned
     from ..bench.baseline import check_comparable, read_baseline, regressions
+    from ..bench.markdown import to_markdown
     from ..bench.measure import entrants, measure
     from ..bench.report import environment, to_json, to_table
     from ..bench.subject import Wanted, loaded_subject, random_subject
+    from ..bench.suite import Size, entries, run_suite
     from ..engine import parse_policy
     from ..files import check_writable, is_stdout, write_whole
     from ..terminal import console, say
@@ -184,6 +238,14 @@ def bench(
         trust_remote_code=trust_remote_code,
         other_weights=other_weights,
     )
+    if suite is not None:
+        size = Size(runs, layers, hidden_size)
+        with _progress(words, len(entries())) as advance:
+            report = run_suite(wanted, size, words.print, on_entry=advance)
+        say(to_markdown(report), end="", error=aside)
+        if json_file is not None:
+            write_whole(json_file, f"{json.dumps(report, indent=1)}\n".encode())
+        return
     if random_weights:
         subject = random_subject(wanted, layers, hidden_size, say=words.print)
     else:
@@ -193,13 +255,23 @@ def bench(
     if before is not None:
         check_comparable(before, subject.settings)
 
-    # Not a terminal: nothing, rather than the empty line that a bar leaves there.
-    with Progress(console=words, transient=True, disable=not words.is_terminal) as progress:
-        task = progress.add_task("measuring", total=entrants(peers) * (runs + 1))
-        result = measure(subject, runs, peers, on_run=lambda: progress.advance(task))
+    prediction = planned.predicted(subject) if against_plan else None
+    steps = entrants(peers) * (runs + 1)
+    with _progress(words, steps + len(decoding.BATCHES) * decode) as advance:
+        result = measure(subject, runs, peers, on_run=advance)
+        decoded = decoding.decode(subject, on_batch=advance) if decode else []
+    if prediction is not None:
+        result.figures["plan_error"] = planned.error(prediction[0], result.figures)
     surroundings = environment(subject.model)
-    console(aside).print(to_table(result, subject.settings, surroundings, profile))
+    out = console(aside)
+    out.print(to_table(result, subject.settings, surroundings, profile))
     written = to_json(result, subject.settings, surroundings)
+    if prediction is not None:
+        out.print(planned.to_table(*prediction, result.figures))
+        written["plan"] = planned.to_json(*prediction)
+    if decode:
+        out.print(decoding.to_table(decoded))
+        written["decode"] = decoding.to_json(decoded)
     if json_file is not None:
         write_whole(json_file, f"{json.dumps(written, indent=1)}\n".encode())
 
@@ -214,6 +286,28 @@ def bench(
         plot_speed([written], scores, plot)
     if worse or not all(passed for passed, _ in checked):
         raise typer.Exit(1)
+
+
+@contextmanager
+def _progress(console: "Console", steps: int) -> Iterator[Callable[[], None]]:
+    """A bar; on something else than a terminal nothing, not even the empty line it leaves there.
+
+    Gives what advances it by a step.
+    """
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("measuring", total=steps)
+        yield lambda: progress.advance(task)
+
+
+def _check_suite(suite: str, others: Mapping[str, object]) -> None:
+    """Refuse an unknown suite, and what is given beside it that a suite decides itself."""
+    if suite != "gpu":
+        raise typer.BadParameter(f"unknown suite {suite!r}; known: gpu", param_hint="--suite")
+    for option, given in others.items():
+        if given:
+            raise typer.BadParameter("not with --suite", param_hint=option)
 
 
 def _conditions(

@@ -1,0 +1,219 @@
+"""The numbers of any model of a known family, from its config: counted on tensors without numbers.
+
+`python -m alvts_cli.plan.describe` writes those of the known models into `models.json`, which
+spares `alvts plan` loading torch. Run it whenever a model is added, or a launch saved (with names:
+for these models alone); a test says when.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..bench.inputs import synthetic_inputs, usual_visual_tokens
+from ..bench.launches import KEEP, TEXT, VISUAL, Prompts, count_launches
+from ..engine.flops import head_size
+from ..engine.keep import Keep
+from ..engine.policy import NAMED, Policy
+from ..errors import AlvtsError
+from ..families import family_of
+from ..files import write_whole
+from ..memory import count_parameters
+from ..models import first_line, resolve_name
+from ..shapes import SHAPES, shape_config
+from .shape import MODELS, Counts, Kind, Moved, Shape, Vision
+
+_KEPT = {
+    "dense": 1.0,
+    "chooses": KEEP,
+    "goes_on": KEEP,
+    "goes_on_otherwise": KEEP / 2,
+    "text_only": 0,
+}
+"""By kind, of the visual tokens where `count_launches` counts it."""
+
+
+def describe(name: str, config: Any, policies: Mapping[str, Policy] = NAMED) -> Shape:
+    """What `alvts plan` needs of a model. Takes some seconds; no weights are made.
+
+    Args:
+        name: as the user calls it.
+        config: of a model of a known family.
+        policies: to count the launches of, by name.
+
+    Raises:
+        AlvtsError: its layers have experts, of which a batch reads more than a token does.
+    """
+    text = config.text_config
+    if has_experts(config):
+        raise AlvtsError(f"alvts plan does not know models with experts yet, as {name} is one")
+    counts = {
+        policy: _counts(config, policy)
+        for policy in {replace(policy, every=1) for policy in policies.values()}
+    }
+    return Shape(
+        name=name,
+        width=text.hidden_size,
+        mlp=text.intermediate_size,
+        layers=text.num_hidden_layers,
+        heads=text.num_attention_heads,
+        kv_heads=text.num_key_value_heads,
+        head_dim=head_size(text),
+        vocabulary=text.vocab_size,
+        positions=text.max_position_embeddings,
+        parameters=count_parameters(config),
+        visual_tokens=usual_visual_tokens(config),
+        vision=_vision(config),
+        # How often a policy chooses makes no other layers.
+        counts={name: counts[replace(policy, every=1)] for name, policy in policies.items()},
+    )
+
+
+def has_experts(config: Any) -> bool:
+    """Whether a token goes through a part of its layers' weights only."""
+    return bool(getattr(config.text_config, "num_experts", None))
+
+
+def describe_named(name: str) -> Shape:
+    """`describe` for a model by its name, hub id or folder; only its config is read.
+
+    Raises:
+        AlvtsError: no such model, a config that is not on this machine, or an unknown architecture.
+    """
+    from transformers import AutoConfig
+
+    model_id = resolve_name(name)
+    try:
+        config = AutoConfig.from_pretrained(model_id, local_files_only=True)
+    except Exception as error:
+        # The libraries raise half a dozen types, for a file that is missing or no config.
+        raise AlvtsError(
+            f"cannot read the config of {model_id} on this machine: {first_line(error)}; pass the "
+            "folder that it is in"
+        ) from None
+    family_of(config)
+    return describe(name, config)
+
+
+def _counts(config: Any, policy: Policy) -> Counts:
+    """Launches by the kind of a layer, and bytes as functions of the tokens: from two prompts."""
+    prompts = [Prompts(visual_tokens=times * VISUAL) for times in (1, 4)]
+    counted = [count_launches(config, policy, prompt) for prompt in prompts]
+    tokens = [prompt.visual_tokens + prompt.text_tokens for prompt in prompts]
+    running = counted[0].moved["dense"] / tokens[0]
+
+    def kind(name: str, kept: float) -> Kind:
+        """What it moves beside a dense layer on as few tokens, as a straight line."""
+        first, last = (
+            one.moved[name] - running * (TEXT + Keep((kept,)).count(0, prompt.visual_tokens))
+            for one, prompt in zip(counted, prompts, strict=True)
+        )
+        every = (last - first) / (tokens[1] - tokens[0])
+        return Kind(getattr(counted[0], name), Moved(running, first - every * tokens[0], every))
+
+    kinds = {name: kind(name, kept) for name, kept in _KEPT.items()}
+    return Counts(
+        **kinds,
+        once=counted[0].once,
+        decode=counted[0].decode,
+        decode_dense=counted[0].decode_dense,
+    )
+
+
+def _vision(config: Any) -> Vision:
+    """The vision tower on one usual image.
+
+    Big tensors have no numbers, small ones that say how images lie do: some towers look.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+    like: Any = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cpu"))
+    image = {
+        name: value.to("meta") if name == "pixel_values" else value
+        for name, value in synthetic_inputs(like, 1, None, 2).items()
+        if name not in ("input_ids", "attention_mask", "mm_token_type_ids")
+    }
+    tally, flops = _Tally(), FlopCounterMode(display=False)
+    with torch.no_grad(), _Attention(tally), tally, flops:
+        model.model.get_image_features(**image)
+    decoder = sum(one.numel() for one in model.model.language_model.parameters())
+    head = 0 if config.text_config.tie_word_embeddings else model.lm_head.weight.numel()
+    every = sum(one.numel() for one in model.parameters())
+    return Vision(flops.get_total_flops() + tally.flops, every - decoder - head, tally.launches)
+
+
+class _Tally(TorchDispatchMode):
+    """Counts operators on tensors without numbers, whatever else meets them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not any(map(_empty, tree_leaves((args, kwargs)))):
+            return func(*args, **kwargs)
+        args, kwargs = tree_map(
+            lambda one: one.to("meta") if isinstance(one, Tensor) else one, (args, kwargs)
+        )
+        self.launches += not func.is_view
+        return func(*args, **kwargs)
+
+
+class _Attention(TorchFunctionMode):
+    """An attention is one kernel, whichever it is."""
+
+    def __init__(self, tally: _Tally) -> None:
+        super().__init__()
+        self._tally = tally
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is not functional.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        query, key = args[:2]
+        self._tally.launches += 1
+        self._tally.flops += 4 * query.numel() * key.shape[-2]
+        return torch.empty_like(query)
+
+
+def _empty(one: Any) -> bool:
+    return isinstance(one, Tensor) and one.device.type == "meta"
+
+
+def write_known(names: Sequence[str]) -> None:
+    """Write known models' numbers; those of others stay as they are.
+
+    Args:
+        names: of `SHAPES`.
+    """
+    models = json.loads(MODELS.read_text()) if MODELS.is_file() else {}
+    for name in names:
+        config = shape_config(name)
+        if has_experts(config):
+            continue
+        models[name] = asdict(describe(name, config))
+        kept = {known: models[known] for known in SHAPES if known in models}
+        write_whole(MODELS, f"{json.dumps(kept, indent=1)}\n".encode())
+
+
+if __name__ == "__main__":
+    write_known(sys.argv[1:] or list(SHAPES))

@@ -1,0 +1,249 @@
+"""`alvts plan`: what a card will gain, by calculation."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from cli_tools import alvts, model_folder, refused
+
+from alvts_cli.bench.launches import count_launches
+from alvts_cli.engine import NAMED, Selection, kv_bytes_expected, prefill_flops
+from alvts_cli.engine.sizes import default_carry_rank, default_rank
+from alvts_cli.memory import count_parameters
+from alvts_cli.plan.cards import at, card, card_names
+from alvts_cli.plan.describe import has_experts
+from alvts_cli.plan.predict import Wanted, longest_batch, make_case, predict
+from alvts_cli.plan.roofline import phase
+from alvts_cli.plan.shape import known_shape
+from alvts_cli.plan.work import Product, Stretch, cache_bytes, decode, prefill
+from alvts_cli.shapes import SHAPES, shape_config
+
+REGENERATE = "run: python -m alvts_cli.plan.describe"
+
+
+def case(name="llava-1.5-7b", keep="0.111", policy="paper", batch=1):
+    shape = known_shape(name)
+    assert shape is not None, REGENERATE
+    return replace(make_case(shape, Wanted(keep, policy, None, 64)), batch=batch)
+
+
+def planned(path, *more):
+    result = alvts("plan", "--json", path, *more)
+    assert result.exit_code == 0, result.output
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_known_models_are_described_as_they_are(name):
+    shape, config = known_shape(name), shape_config(name)
+    if has_experts(config):
+        assert shape is None
+        return
+    if shape is None:
+        pytest.skip(f"{name} is described when it is asked for; for an answer at once {REGENERATE}")
+    text = config.text_config
+    assert (shape.width, shape.mlp, shape.layers, shape.vocabulary) == (
+        text.hidden_size,
+        text.intermediate_size,
+        text.num_hidden_layers,
+        text.vocab_size,
+    ), REGENERATE
+    assert shape.parameters == count_parameters(config), REGENERATE
+    assert set(shape.counts) == set(NAMED), REGENERATE
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"), [("llava-next-mistral-7b", "once"), ("qwen2.5-vl-3b", "paper")]
+)
+def test_launches_are_those_that_are_counted(name, policy):
+    shape, counted = known_shape(name), count_launches(shape_config(name), NAMED[policy])
+    kinds = shape.counts[policy]
+    for kind in ("dense", "chooses", "goes_on", "goes_on_otherwise", "text_only"):
+        assert getattr(kinds, kind).launches == getattr(counted, kind), REGENERATE
+    assert (kinds.once, kinds.decode, kinds.decode_dense) == (
+        counted.once,
+        counted.decode,
+        counted.decode_dense,
+    ), REGENERATE
+    # Of 640 tokens, 128 and 64 + 32 of them running.
+    for kind, running in (("dense", 640), ("chooses", 128), ("goes_on", 128), ("text_only", 64)):
+        moved = getattr(kinds, kind).moved.bytes(running, 640)
+        assert moved == pytest.approx(counted.moved[kind], rel=1e-3), REGENERATE
+
+
+def test_the_whole_prefill_launches_what_the_counter_says():
+    counted = count_launches(shape_config("llava-1.5-7b"), NAMED["once"])
+    for keep in ("0.111", ",".join(["1.0", "64", "32", "0", *["0.1"] * 28])):
+        one = case(keep=keep, policy="once")
+        launches = sum(part.launches * part.times for part in prefill(one))
+        over = counted.over_dense(one.kept, 576, NAMED["once"])
+        assert launches == 32 * counted.dense + over
+
+
+@pytest.mark.parametrize("policy", NAMED)
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "qwen2.5-vl-7b", "pocket"])
+def test_arithmetic_and_cache_are_the_engines(name, policy):
+    config = shape_config(name).text_config
+    depth = config.num_hidden_layers
+    for keep in ("0.111", "1.0", ",".join(["1.0", "0", *["64"] * (depth - 2)])):
+        one = case(name, keep, policy, batch=3)
+        selection = Selection(
+            default_rank(config.hidden_size), one.policy, default_carry_rank(config.hidden_size)
+        )
+        flops = prefill_flops(config, one.running, selection, one.tokens, 64)
+        assert sum(part.flops for part in prefill(one)) == 3 * flops.total
+        assert cache_bytes(one) == kv_bytes_expected(config, one.running, 2, 3)
+
+
+def test_an_operator_takes_as_long_as_its_slowest_resource():
+    machine = replace(
+        card("h100"), matmul=((1, 1e12),), bandwidth=1e9, launch=1e-3, graph_launch=0.0
+    )
+    busy = Stretch((Product(1000, 1000, 1000, 1000),), launches=1, times=2)
+    took = phase([busy], machine)
+    # 2e9 operations and 1e3 bytes, twice: 4 ms against 2 us; two launches of 1 ms hide.
+    assert took.arithmetic == pytest.approx(4e-3)
+    assert took.eager == took.graph == pytest.approx(4e-3)
+    assert (took.binds, took.launches) == ("arithmetic", 2)
+    reading = phase([Stretch((Product(1, 1000, 1000, 10**7),), launches=1)], machine)
+    assert reading.eager == pytest.approx(1e-2) and reading.binds == "memory"
+    waiting = phase([replace(busy, launches=5)], machine)
+    assert waiting.eager == pytest.approx(10e-3) and waiting.binds == "launches"
+    assert waiting.graph == pytest.approx(4e-3)
+    # Where the host computes itself, nothing hides.
+    host = replace(machine, overlaps=False, graph_launch=None)
+    assert phase([busy], host).eager == pytest.approx(6e-3)
+    assert phase([busy], host).graph is None
+
+
+def test_rates_go_along_straight_lines_of_logarithms():
+    curve = ((1.0, 1.0), (100.0, 10.0))
+    assert [at(curve, size) for size in (0.5, 1, 10, 100, 1000)] == pytest.approx(
+        [1, 1, 10**0.5, 10, 10]
+    )
+
+
+def test_a_fast_card_is_bound_by_launches_and_a_graph_helps():
+    plain = predict(case(), card("h100"))
+    assert plain.selective["prefill"].binds == "launches"
+    assert plain.speedup("prefill", graph=True) > plain.speedup("prefill")
+    # A slower card has the same launches and more to gain from fewer tokens.
+    assert predict(case(), card("rtx-3090")).speedup("prefill") > plain.speedup("prefill")
+    # One choice for all layers launches less than one in each.
+    once = predict(case(policy="once"), card("h100"))
+    assert once.selective["prefill"].launches < plain.selective["prefill"].launches
+    # Everything kept is dense.
+    whole = predict(case(keep="1.0"), card("h100"))
+    assert whole.dense == whole.selective
+
+
+def test_a_smaller_cache_pays_at_large_batches():
+    speedups = [
+        predict(case("llava-next-7b", batch=batch), card("h100")).speedup("decode", graph=True)
+        for batch in (1, 8, 32)
+    ]
+    assert speedups == sorted(speedups) and speedups[2] > 2
+    one = case("llava-next-7b")
+    dense, selective = (longest_batch(side, card("h100")) for side in (one.dense(), one))
+    assert selective > 2 * dense > 0
+    assert longest_batch(case("llava-1.5-13b"), card("rtx-3090")) == 0
+
+
+def test_a_decoded_token_reads_all_weights_and_the_cache():
+    one = case(batch=8)
+    read = sum(part.read for part in decode(one))
+    shape = one.shape
+    layer = 4 * shape.width**2 + 3 * shape.width * shape.mlp
+    weights = 2 * (shape.layers * layer + shape.width * shape.vocabulary)
+    held = 8 * sum(tokens + 1 for tokens in one.running) * 2 * shape.width * 2
+    # Read, and copied to grow.
+    assert read == weights + 3 * held
+
+
+def test_the_table_and_the_file_have_everything(tmp_path):
+    path = tmp_path / "a.json"
+    result = alvts("plan", "--model", "llava-next-7b", "--policy", "once", "--json", path)
+    assert result.exit_code == 0, result.output
+    for word in (
+        *("batch 1", "batch 8", "batch 32", "vision", "prefill", "first token", "decode"),
+        *("eager", "graph", "KV cache", "longest batch", "Predicted, not measured", "datasheet"),
+        *("assumed", "flash kernel"),
+    ):
+        assert word in " ".join(result.stdout.split())
+    report = json.loads(path.read_text())
+    assert [one["batch"] for one in report["batches"]] == [1, 8, 32]
+    prefilled = report["batches"][0]["phases"]["prefill"]
+    ratio = prefilled["dense"]["eager"] / prefilled["selective"]["eager"]
+    assert prefilled["speedup_eager"] == ratio
+    assert f"{ratio:.2f} x" in result.stdout
+
+
+def test_what_does_not_fit_is_said(tmp_path):
+    result = alvts("plan", "--model", "llava-next-7b", "--on", "rtx-4090")
+    assert "batch 32, dense does not fit" in result.stdout
+    result = alvts("plan", "--model", "llava-1.5-13b", "--on", "rtx-4090")
+    assert "the weights do not fit" in result.stdout
+
+
+@pytest.mark.parametrize("name", card_names())
+def test_every_card_has_a_source_and_sense(name, tmp_path):
+    report = planned(tmp_path / "a.json", "--on", name)
+    assert "NVIDIA" in report["machine"]["about"]
+    assert 1e13 < report["machine"]["matmul"][0][1] < 1e16
+
+
+def test_a_model_that_is_not_known_is_described_from_its_folder(tmp_path):
+    report = planned(tmp_path / "a.json", "--model", model_folder())
+    known = planned(tmp_path / "b.json", "--model", "pocket")
+    assert report["batches"] == known["batches"]
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "word"),
+    [
+        (("--on", "abacus"), 1, "h100"),
+        (("--policy", "never"), 1, "paper"),
+        (("--keep", "nan"), 2, "--keep"),
+        (("--keep", "1,2,3"), 1, "32 layers"),
+        (("--model", "nothing"), 1, "no model"),
+        (("--visual-tokens", 10**6), 1, "reads"),
+        (("--json", "/nowhere/a.json"), 1, "cannot write"),
+    ],
+)
+def test_nonsense_is_one_line(more, code, word):
+    assert word in refused("plan", *more, code=code)
+
+
+def test_it_answers_at_once_and_without_torch():
+    program = (
+        "import sys; from alvts_cli.cli import app\n"
+        "try: app(['plan', '--model', 'qwen2.5-vl-7b', '--policy', 'each'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    start = time.process_time()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.process_time() - start < 2
+
+
+def test_the_machine_is_measured(monkeypatch, tmp_path):
+    from alvts_cli.plan import machine
+
+    monkeypatch.setattr(machine, "_LEAST", 1e-3)
+    monkeypatch.setattr(machine, "_HELD", 2**22)
+    monkeypatch.setattr(machine, "WIDTH", 64)
+    monkeypatch.setattr(machine, "ROWS", (1, 8))
+    monkeypatch.setattr(machine, "LENGTHS", (8, 16))
+    monkeypatch.setattr(machine, "SIZES", (3 * 2**14,))
+    report = planned(tmp_path / "a.json", "--model", "pocket", "--on", "this")
+    found = SimpleNamespace(**report["machine"])
+    assert [rows for rows, _ in found.matmul] == [1, 8]
+    assert [tokens for tokens, _ in found.biased] == [8, 16]
+    assert min(found.bandwidth, found.launch, found.memory, found.attention[0][1]) > 0
+    assert found.graph_launch is None and not found.overlaps
+    assert report["batches"][0]["phases"]["prefill"]["speedup_graph"] is None
