@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..families import family_of
@@ -26,6 +27,16 @@ def shortened(model: Any, tokens: int) -> Iterator[None]:
             if isinstance(kwargs.get(name), Tensor)
         }
         embeds = kwargs["inputs_embeds"][:, :tokens].contiguous()
+        marked = kwargs.get("visual_pos_masks")
+        if marked is not None:
+            # Qwen3-VL adds features to its visual tokens behind early layers.
+            first = torch.arange(marked.shape[1], device=marked.device) < tokens
+            within = first.expand_as(marked)[marked]
+            added = [features[within] for features in kwargs["deepstack_visual_embeds"]]
+            short |= {
+                "visual_pos_masks": marked[:, :tokens],
+                "deepstack_visual_embeds": added,
+            }
         return args, {**kwargs, **short, "inputs_embeds": embeds}
 
     text_model: Any = family_of(model).text_model(model)

@@ -29,5 +29,8 @@ def models() -> None:
             here = cached_folder(known.hub_id) is not None
         table.add_row(name, known.family, known.hub_id, "yes" if here else "no")
     out = console()
+    if not out.is_terminal:
+        # Wide enough for the longest names.
+        out.width = 120
     out.print(table)
     out.print("Any other model of these families works by its hub id or folder.")
