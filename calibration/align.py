@@ -10,7 +10,8 @@ from torch import Tensor
 
 from alvts_cli.engine import LayerSelector, PaperSelector, Selector
 from alvts_cli.engine.paper import paper_importance
-from alvts_cli.engine.scoring import TextRows, means, places
+from alvts_cli.engine.scene import Scene
+from alvts_cli.engine.scoring import TextRows, marked_places, means
 from alvts_cli.families import QueryKey
 
 from .initialise import Factors
@@ -27,6 +28,8 @@ class Target:
         positions: `(cos, sin)` `[B, T, d]`.
         visual, text: bool `[B, T]`, neither at padding.
         rows: the text that sees an image, with the layer's real queries.
+        index: int64 `[B, M]`, where that text stands.
+        valid: bool `[B, M]`, False at the fill of shorter samples.
         from_visual, from_text: the factors of `S*`, float32 `[B, T]`, 0 where not visual.
     """
 
@@ -35,6 +38,8 @@ class Target:
     visual: Tensor
     text: Tensor
     rows: TextRows
+    index: Tensor
+    valid: Tensor
     from_visual: Tensor
     from_text: Tensor
 
@@ -50,8 +55,9 @@ class Target:
 
     def means(self, selector: LayerSelector) -> tuple[Tensor, Tensor]:
         """What `selector` finds for both factors, 0 where not visual."""
-        place = places(self.visual)
-        found = means(self.hidden, selector, self.rows, self.positions, self.visual, place)
+        places = marked_places(self.visual)
+        scene = Scene(self.visual, places, self.positions, self.index, self.valid)
+        found = means(self.hidden, selector, self.rows, scene)
         return found[0] * self.visual, found[1] * self.visual
 
     def measure(self, selector: Selector) -> tuple[Tensor, Tensor]:
@@ -211,7 +217,7 @@ def align(
 def collate(batch: Sequence[Target], device: torch.device) -> Target:
     """Several targets as one on `device`, padded on the right."""
     longest = max(target.visual.shape[1] for target in batch)
-    rows = max(target.rows.index.shape[1] for target in batch)
+    rows = max(target.index.shape[1] for target in batch)
 
     def put(tensors: Sequence[Tensor], dim: int, size: int) -> Tensor:
         """Padded along `dim` to `size`, one behind the other."""
@@ -233,10 +239,10 @@ def collate(batch: Sequence[Target], device: torch.device) -> Target:
         put_all("text"),
         TextRows(
             put([target.rows.query for target in batch], 2, rows),
-            put([target.rows.index for target in batch], 1, rows),
-            put([target.rows.valid for target in batch], 1, rows),
             batch[0].rows.scaling,
         ),
+        put([target.index for target in batch], 1, rows),
+        put([target.valid for target in batch], 1, rows),
         put_all("from_visual"),
         put_all("from_text"),
     )

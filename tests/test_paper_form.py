@@ -157,7 +157,7 @@ def test_alignment_lowers_the_squared_error_against_real_attention() -> None:
     reference = reference.masked_fill(~visual, 0)
     ones = torch.where(visual, 1.0, 0.0)
     rows: Any = None
-    target = Target(hidden, (cos, sin), visual, ~visual, rows, reference, ones)
+    target = Target(hidden, (cos, sin), visual, ~visual, rows, rows, rows, reference, ones)
     start = initialise_paper(of, 4)
     with pytest.MonkeyPatch.context() as patched:
         # One sample needs no padding.

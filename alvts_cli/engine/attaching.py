@@ -15,19 +15,21 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from ..errors import AlvtsError
 from ..families import family_of
-from ..families.layer import parts_of
+from ..families.layer import norm_weight, parts_of
 from .cache import SelectiveLayer, prepare_cache
-from .calls import POSITIONS, cache_of, check_layer_call, check_output, warn_if_untested
+from .calls import cache_of, check_layer_call, check_output, warn_if_untested
 from .carry import Carry
 from .compiling import compile_decoder
 from .forward import Forward, Pieces, Scorer, Watch, no_phase
 from .keep import Keep, KeepArgument, Schedules, resolve_keep
 from .masks import check_bias, mask_style
-from .paper import PaperSelector, paper_importance
+from .normed import fused
+from .paper import PaperSelector
 from .plan import Plan, make_plan, read_inputs
 from .policy import PAPER, Picked, Policy, policy_for
 from .probe import check_layers
-from .scoring import LayerSelector, importance, text_rows
+from .scorer import SelectorScorer
+from .scoring import LayerSelector
 
 _attached: WeakSet[nn.Module] = WeakSet()
 
@@ -73,33 +75,6 @@ class Prefill:
     def layer_average(self) -> float:
         """Visual tokens kept, mean over layers and samples."""
         return sum(map(sum, self.kept)) / (len(self.kept) * len(self.visual_tokens))
-
-
-class SelectorScorer:
-    """The method itself: low-rank selectors, each on its layer's device and in its dtype."""
-
-    def __init__(self, layers: Sequence[Selector | None]) -> None:
-        """
-        Args:
-            layers: one selector per layer, None where no tokens are ranked.
-        """
-        self.layers = layers
-
-    def importance(
-        self,
-        layer_index: int,
-        layer: nn.Module,
-        hidden: Tensor,
-        plan: Plan,
-        layer_kwargs: dict[str, Any],
-    ) -> Tensor:
-        selector = self.layers[layer_index]
-        assert selector is not None
-        if isinstance(selector, PaperSelector):
-            return paper_importance(hidden, selector, plan.visual, plan.text, plan.padded)
-        positions, ids = layer_kwargs[POSITIONS], layer_kwargs.get("position_ids")
-        rows = text_rows(layer, hidden, positions, plan.asking_index, plan.asking_valid, ids)
-        return importance(hidden, selector, rows, positions, plan.visual, plan.places, plan.real())
 
 
 def attach(
@@ -159,9 +134,11 @@ def attach(
     chosen = policy
 
     def place() -> tuple[Scorer, Pieces]:
-        return SelectorScorer(_placed(selectors.layers, layers)), make_pieces(
-            model, selectors, chosen
-        )
+        placed = _placed(selectors.layers, layers)
+        norms = [layer.input_layernorm for layer in layers]
+        few = fused(norms[0].weight.device)
+        scorer = SelectorScorer(placed, [norm_weight(norm) for norm in norms] if few else None)
+        return scorer, make_pieces(model, selectors, chosen, placed)
 
     return Attachment(model, place, resolved, compile)
 
@@ -200,8 +177,14 @@ def policy_of(selectors: Selectors, keep: Keep) -> Policy:
     return policy_for(selectors.picked, sum(ratios) / len(ratios))
 
 
-def make_pieces(model: Any, selectors: Selectors, policy: Policy) -> Pieces:
-    """The tensors that `policy` needs, each where its layer of `model` is.
+def make_pieces(
+    model: Any,
+    selectors: Selectors,
+    policy: Policy,
+    placed: Sequence[Selector | None] | None = None,
+) -> Pieces:
+    """The tensors that `policy` needs, each where its layer of `model` is; `placed` are the
+    selectors where they are already.
 
     Raises:
         AlvtsError: the selectors do not hold them, or the attention kernel cannot weigh tokens.
@@ -213,7 +196,8 @@ def make_pieces(model: Any, selectors: Selectors, policy: Policy) -> Pieces:
     if policy.mass:
         check_bias(text_model.config._attn_implementation)
     compared: list[LayerSelector | None] = []
-    for selector in _placed(selectors.layers, layers) if policy.compares else ():
+    placed = placed or _placed(selectors.layers, layers)
+    for selector in placed if policy.compares else ():
         if isinstance(selector, PaperSelector):
             raise AlvtsError(
                 "selectors of the paper's form choose by importance alone; use the policy paper, "

@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from ..errors import AlvtsError
@@ -59,22 +60,35 @@ class SelectiveLayer(DynamicLayer):
 
         Args:
             seen: tokens the forward has, including those that skip this layer.
-            valid: bool `[B, new slots]`, or None when all of them are real.
+            valid: bool `[B, slots]`, of all slots after the update; None when all are real.
             plain: whether the update holds all of the `seen` tokens, in order.
-            bias: `[B, new slots]`, or None for none.
+            bias: `[B, slots]`, of all slots after the update; None for none.
         """
         self._expected = (seen, valid, bias, plain)
 
-    def whole_bias(self, batch: int, new: int, bias: Tensor | None) -> Tensor | None:
+    def whole_bias(self, new: int, bias: Tensor | None) -> Tensor | None:
         """The `bias` of all slots after an update with `new` more, `[B, slots + new]`; None where
         neither they nor those before have any."""
-        if bias is None and self.bias is None:
-            return None
+        if self.slots == 0 or (bias is None and self.bias is None):
+            return bias
+        if bias is None:
+            assert self.bias is not None
+            return functional.pad(self.bias, (0, new))
         if self.bias is None:
-            assert bias is not None
-            return torch.cat([bias.new_zeros(batch, self.slots), bias], dim=1)
-        more = self.bias.new_zeros(batch, new) if bias is None else bias.to(self.bias)
-        return torch.cat([self.bias, more], dim=1)
+            return functional.pad(bias, (self.slots, 0))
+        return torch.cat([self.bias, bias.to(self.bias)], dim=1)
+
+    def whole_valid(self, new: int, valid: Tensor | None) -> Tensor | None:
+        """The `valid` of all slots after an update with `new` more, `[B, slots + new]`; None where
+        all are real."""
+        if self.slots == 0 or (valid is None and self.valid is None):
+            return valid
+        if valid is None:
+            assert self.valid is not None
+            return functional.pad(self.valid, (0, new), value=True)
+        if self.valid is None:
+            return functional.pad(valid, (self.slots, 0), value=True)
+        return torch.cat([self.valid, valid], dim=1)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -90,17 +104,11 @@ class SelectiveLayer(DynamicLayer):
                 "layers skipped; go on with it while attached, or begin with a new one"
             )
         new = key_states.shape[-2]
-        seen, valid, bias, plain = self._expected or (new, None, None, True)
+        if self._expected is None:
+            valid, bias = self.whole_valid(new, None), self.whole_bias(new, None)
+            self._expected = (new, valid, bias, True)
+        seen, self.valid, self.bias, plain = self._expected
         self._expected = None
-        self.bias = self.whole_bias(key_states.shape[0], new, bias)
-        if valid is not None or self.valid is not None:
-            batch, device = key_states.shape[0], key_states.device
-            before, after = self.valid, valid
-            if before is None:
-                before = torch.ones(batch, self.slots, dtype=torch.bool, device=device)
-            if after is None:
-                after = torch.ones(batch, new, dtype=torch.bool, device=device)
-            self.valid = torch.cat([before, after], dim=1)
         self.seen += seen
         self.plain = self.plain and plain
         return super().update(key_states, value_states, *args, **kwargs)

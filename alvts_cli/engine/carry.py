@@ -10,9 +10,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-
-from .scoring import inverse_rms
 
 
 @dataclass(frozen=True)
@@ -34,12 +31,20 @@ class Carry:
         return replace(self, down=self.down.to(device, dtype), up=self.up.to(device, dtype))
 
 
-def carried(hidden: Tensor, carry: Carry, in_place: bool) -> Tensor:
+def carried(hidden: Tensor, latent: Tensor, carry: Carry, in_place: bool) -> Tensor:
     """`hidden` `[B, T, D]` with the fitted update added to every token.
 
     What ran through the layer is put over it afterwards. `in_place` is for a `hidden` that nobody
     else holds on to.
+
+    Args:
+        hidden: the layer's input.
+        latent: `V n(x)` of it, `[B, T, R]` in its dtype.
+        carry: of the layer.
+        in_place: write to `hidden`.
     """
-    latent = functional.linear(hidden, carry.down) * inverse_rms(hidden, carry.eps).to(hidden.dtype)
-    update = functional.linear(latent, carry.up)
-    return hidden.add_(update) if in_place else hidden + update
+    latent, up = latent.flatten(0, 1), carry.up.T
+    if in_place:
+        hidden.view(-1, hidden.shape[-1]).addmm_(latent, up)
+        return hidden
+    return torch.addmm(hidden.flatten(0, 1), latent, up).view(hidden.shape)

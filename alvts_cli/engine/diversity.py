@@ -14,41 +14,39 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# What is left of a token that is exactly like a more important one.
+from .scene import Scene
+
+# What is left of a token that is exactly like a more important one. All of them have as much left,
+# whatever rounding makes of their likeness.
 _LEAST = 1e-6
 
 
-def diverse(
-    importance: Tensor, latent: Tensor, images: Tensor, quality: float, several: bool
-) -> Tensor:
-    """Scores to rank visual tokens by, in the place of their importance.
+def diverse(importance: Tensor, states: Tensor, quality: float, scene: Scene) -> Tensor:
+    """Scores to rank visual tokens by, in the place of their importance: `exp` of the above.
 
     Args:
-        importance: float32 `[B, T]`, -inf where not visual.
-        latent: `[B, T, R]`, any float dtype.
-        images: int64 `[B, T]`, the number of the image a visual token is of; tokens of different
-            images are not compared.
+        importance: float32 `[B, T]`, 0 where not visual.
+        states: as `directions`, 0 where not visual.
         quality: `q`.
-        several: whether any sample has more than one image.
+        scene: says of which image a token is: those of different ones are not compared.
 
     Returns:
-        float32 `[B, T]`, -inf where not visual.
+        float32 `[B, T]`, where not visual as `Scene.fill`.
     """
-    # Best first: then those more important than a token are those in front of it.
-    order = importance.argsort(dim=-1, descending=True, stable=True)
-    states = directions(latent).gather(1, order[..., None].expand(-1, -1, latent.shape[-1]))
-    likeness = (states @ states.transpose(1, 2)).square_()
-    if several:
-        of = images.gather(1, order)
-        likeness = likeness * (of[:, :, None] == of[:, None, :])
-    nearest = likeness.tril_(-1).amax(dim=-1)
-    new = torch.zeros_like(importance).scatter_(1, order, (1 - nearest).clamp(min=_LEAST).log())
-    floor = torch.finfo(torch.float32).tiny
-    scores = quality * importance.clamp(min=floor).log() + new
-    return scores.masked_fill(importance == -torch.inf, -torch.inf)
+    likeness = states @ states.transpose(1, 2)
+    # In place: as large as an attention matrix.
+    likeness.mul_(importance[:, None, :] > importance[:, :, None])
+    apart = scene.apart()
+    if apart is not None:
+        likeness.masked_fill_(apart, 0)
+    nearest = torch.linalg.vector_norm(likeness, ord=torch.inf, dim=-1)
+    # Directions are of length sqrt(R).
+    part = -1 / states.shape[-1] ** 2
+    new = torch.addcmul(scene.ones(), nearest, nearest, value=part).clamp_(min=_LEAST)
+    return torch.addcmul(scene.fill(), importance.pow(quality), new)
 
 
 def directions(latent: Tensor) -> Tensor:
-    """`latent` `[..., R]` at length 1, float32: half precision cannot tell likeness from
-    sameness."""
-    return functional.normalize(latent.float(), dim=-1)
+    """Float32 `latent` `[B, T, R]` at length `sqrt(R)`; nothing stays nothing."""
+    tiny = torch.finfo(latent.dtype).tiny
+    return functional.rms_norm(latent, latent.shape[-1:], None, tiny)

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from .cache import SelectiveLayer
 from .calls import POSITIONS
 from .carry import Carry, carried
-from .diversity import diverse
+from .diversity import directions, diverse
 from .masks import build_mask
 from .mass import log_mass
-from .merging import gather_hidden, gather_positions, merge
+from .merging import gather_hidden, merge, rows_of, sample_starts, take_positions
+from .normed import Normed
 from .plan import Plan
 from .policy import PAPER, Policy
-from .scoring import LayerSelector, latent_of, scaled_by_position
-from .selecting import positions_of, select
+from .scene import Scene
+from .scoring import LayerSelector, scaled_by_position
+from .selecting import Layout, make_layout, positions_of, select
 
 Phase = Callable[[str], AbstractContextManager[object]]
 
@@ -52,7 +54,11 @@ Watch = Callable[[Chosen], None]
 
 
 class Scorer(Protocol):
-    """A method of choosing tokens: one number per visual token, in every layer that ranks."""
+    """A method of choosing tokens: one number per visual token, in every layer that ranks.
+
+    One that has `fills = True` puts what `Scene.fill` has where `plan.visual` is False, or 0 if
+    `plan.compares`; that saves the engine a look.
+    """
 
     def importance(
         self,
@@ -98,34 +104,34 @@ class _Choice:
 
     Attributes:
         layer: that ranked.
-        scores: `[B, T]`.
-        latent: `[B, T, R]` of that layer, or None where tokens are not compared.
+        scores: `[B, T]` to rank by; None where the layers run on text alone.
+        states: `diversity.directions` of that layer, or None where tokens are not compared.
         importance: `[B, T]`, the scores before tokens were compared; None where nobody watches.
         counts: `k` per sample that the rest is for.
-        index, valid: as `select` has them; `valid` is None where all are real.
+        rows, layout: as `select` has them.
         bias: `[B, K]` of the logits, or None.
-        positions: `(cos, sin)` at `index`.
+        positions: `(cos, sin)` at `rows`.
+        mask: of the attention, where nothing is cached yet; () before it was made.
     """
 
     layer: int
-    scores: Tensor
-    latent: Tensor | None
+    scores: Tensor | None = None
+    states: Tensor | None = None
     importance: Tensor | None = None
     counts: tuple[int, ...] = ()
-    index: Tensor | None = None
-    valid: Tensor | None = None
+    rows: Tensor | None = None
+    layout: Layout | None = None
     bias: Tensor | None = None
     positions: tuple[Tensor, Tensor] | None = None
+    mask: Tensor | tuple[()] | None = ()
 
     def move(self, device: torch.device) -> None:
-        """Put the tensors on the device of the coming layer."""
-        for name in ("scores", "latent", "importance", "index", "valid", "bias"):
+        """Put what later layers need on the device of the coming one; the rest is made again."""
+        for name in ("scores", "states", "importance"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor.to(device))
-        if self.positions is not None:
-            cos, sin = self.positions
-            self.positions = cos.to(device), sin.to(device)
+        self.counts = ()
 
 
 @dataclass
@@ -133,10 +139,11 @@ class _Running:
     """A layer that is running on a selection: what its result is merged with."""
 
     hidden: Tensor
-    index: Tensor
+    rows: Tensor
     valid: Tensor | None
     in_place: bool
     carry: Carry | None
+    latent: Tensor | None
 
 
 class Forward:
@@ -171,6 +178,8 @@ class Forward:
         self._implementation = implementation
         self._watch = watch
         self._choice: _Choice | None = None
+        self._text: _Choice | None = None
+        self._causal: Tensor | None = None
         self._running: _Running | None = None
 
     def before(
@@ -197,29 +206,27 @@ class Forward:
         plan.move(hidden.device)
         if not plan.selects(i):
             return self._whole(hidden, kwargs, past)
-        if plan.ranks(i):
-            choice = self._choose(i, layer, hidden, kwargs)
-        else:
-            # Text alone: nothing to rank, and what was chosen before may hold again later.
-            choice = _Choice(i, hidden, None)
+        scene = plan.scene(kwargs[POSITIONS], kwargs.get("position_ids"))
+        plan.normed = Normed(hidden)
+        choice = self._choose(i, layer, hidden, kwargs) if plan.ranks(i) else self._text_alone(i)
+        if choice.counts != plan.keep_counts[i]:
             with self.phase("select"):
-                self._settle(choice, positions_of(plan.text, max(plan.lengths(i))), i, kwargs)
-        index, valid, bias = choice.index, choice.valid, choice.bias
-        assert index is not None
+                self._settle(choice, i, scene, hidden.dtype)
+        rows, layout = choice.rows, choice.layout
+        assert rows is not None and layout is not None
         if self._watch is not None:
-            self._watch(Chosen(i, choice.layer, index, valid, choice.importance))
-        carry = self._pieces.carries[i] if self._pieces.policy.carry else None
-        self._running = _Running(hidden, index, valid, ours, carry)
+            index = rows - sample_starts(len(rows), plan.tokens, rows.device)
+            self._watch(Chosen(i, choice.layer, index, layout.valid, choice.importance))
         with self.phase("select"):
-            chosen = gather_hidden(hidden, index)
-            mask = self._mask(chosen, past, valid, bias)
-        if past is not None:
-            past.expect(plan.tokens, valid, plain=False, bias=bias)
+            chosen = gather_hidden(hidden, rows)
+            mask = self._selected_mask(choice, chosen, past)
+            self._running = self._run(i, hidden, choice, ours)
+        plan.normed = None
         return chosen, {
             **kwargs,
             "attention_mask": mask,
             POSITIONS: choice.positions,
-            "position_ids": self._position_ids(layer, kwargs, index),
+            "position_ids": self._position_ids(layer, scene, rows),
         }
 
     def after(self, output: Tensor) -> Tensor | None:
@@ -230,19 +237,19 @@ class Forward:
             return None
         with self.phase("merge"):
             hidden, in_place = running.hidden, running.in_place
-            if running.carry is not None:
-                hidden = carried(hidden, running.carry, in_place)
+            if running.carry is not None and running.latent is not None:
+                hidden = carried(hidden, running.latent, running.carry, in_place)
                 # A new tensor, unless it was ours before.
                 in_place = in_place or not torch.is_grad_enabled()
-            return merge(hidden, running.index, output, running.valid, in_place)
+            return merge(hidden, running.rows, output, running.valid, in_place)
 
-    def _position_ids(self, layer: Any, kwargs: dict[str, Any], index: Tensor) -> Tensor | None:
+    def _position_ids(self, layer: Any, scene: Scene, rows: Tensor) -> Tensor | None:
         """None wherever a layer can do without, for the rotary tables carry the positions, and
         FlashAttention would take ids with gaps for several packed sequences."""
-        if scaled_by_position(layer) is None:
+        if scaled_by_position(layer) is None or scene.ids is None:
             return None
-        ids: Tensor = kwargs["position_ids"].to(index.device)
-        return ids.expand(len(index), -1).gather(1, index)
+        ids = scene.ids.to(rows.device).expand(len(rows), -1).flatten()
+        return ids.index_select(0, rows.flatten()).view(rows.shape)
 
     def _whole(
         self, hidden: Tensor, kwargs: dict[str, Any], past: SelectiveLayer | None
@@ -251,8 +258,8 @@ class Forward:
         plain = past is None or past.plain
         valid = self.plan.real()
         mask = None if plain else self._mask(hidden, past, valid, None)
-        if past is not None:
-            past.expect(self.plan.tokens, valid, plain=True)
+        if past is not None and plain:
+            past.expect(self.plan.tokens, past.whole_valid(self.plan.tokens, valid), plain=True)
         # The model's own mask fits a layer that has skipped nothing so far.
         return None if plain else (hidden, {**kwargs, "attention_mask": mask})
 
@@ -260,36 +267,96 @@ class Forward:
         """The choice that holds in layer `i`: a new one, or that of an earlier layer."""
         policy, plan = self._pieces.policy, self.plan
         choice = self._choice
-        if choice is None or (policy.every and i - choice.layer >= policy.every):
-            with self.phase("score"):
-                scores = self._scorer.importance(i, layer, hidden, plan, kwargs)
-            latent, importance = None, scores if self._watch is not None else None
+        if choice is not None and not (policy.every and i - choice.layer >= policy.every):
+            if choice.scores is not None and choice.scores.device != hidden.device:
+                choice.move(hidden.device)
+            return choice
+        plan.compares = policy.quality is not None
+        scene = plan.scene(kwargs[POSITIONS], kwargs.get("position_ids"))
+        with self.phase("score"):
+            scores = self._scorer.importance(i, layer, hidden, plan, kwargs)
+        choice = self._choice = _Choice(i)
+        choice.importance = scores if self._watch is not None else None
+        with self.phase("select"):
+            if not getattr(self._scorer, "fills", False):
+                nothing = torch.zeros_like(scores)
+                scores = torch.where(
+                    plan.visual, scores, nothing if plan.compares else scene.fill()
+                )
             if policy.compares:
-                selector = self._pieces.selectors[i]
-                assert selector is not None
-                with self.phase("select"):
-                    latent = latent_of(hidden, selector)
-                    if policy.quality is not None:
-                        scores = diverse(scores, latent, plan.images, policy.quality, plan.several)
-            choice = self._choice = _Choice(i, scores, latent, importance)
-        elif choice.scores.device != hidden.device:
-            choice.move(hidden.device)
-        if choice.counts != plan.keep_counts[i]:
-            with self.phase("select"):
-                chosen = select(choice.scores, plan.keep_tensor[i], plan.text, max(plan.lengths(i)))
-                self._settle(choice, chosen, i, kwargs)
-                if policy.mass and choice.latent is not None:
-                    choice.bias = log_mass(choice.latent, *chosen, plan.visual, plan.images)
+                selector, normed = self._pieces.selectors[i], plan.normed
+                assert selector is not None and normed is not None
+                _, seen = normed.latent(selector.down, selector.eps, scene.present())
+                choice.states = directions(seen)
+                if policy.quality is not None:
+                    scores = diverse(scores, choice.states, policy.quality, scene)
+        choice.scores = scores
         return choice
 
-    def _settle(
-        self, choice: _Choice, chosen: tuple[Tensor, Tensor], i: int, kwargs: dict[str, Any]
-    ) -> None:
-        lengths = self.plan.lengths(i)
-        choice.counts = self.plan.keep_counts[i]
-        choice.index = chosen[0]
-        choice.valid = None if min(lengths) == max(lengths) else chosen[1]
-        choice.positions = gather_positions(kwargs[POSITIONS], chosen[0])
+    def _text_alone(self, i: int) -> _Choice:
+        """Nothing to rank: the same in every such layer. What was chosen before may hold again
+        later."""
+        choice, device = self._text, self.plan.visual.device
+        if choice is None or (choice.rows is not None and choice.rows.device != device):
+            choice = self._text = _Choice(i)
+        return choice
+
+    def _settle(self, choice: _Choice, i: int, scene: Scene, dtype: torch.dtype) -> None:
+        """Make of scores what a layer runs on that keeps as many as layer `i`."""
+        plan = self.plan
+        choice.counts = plan.keep_counts[i]
+        choice.layout = layout = self._layout(i)
+        if choice.scores is None:
+            index, _ = positions_of(plan.text, layout.length)
+            choice.rows = rows_of(index, plan.tokens)
+        else:
+            choice.rows = select(choice.scores, layout)
+        choice.positions = take_positions(scene.joined(), choice.rows)
+        choice.mask, choice.bias = (), None
+        if self._pieces.policy.mass and choice.states is not None:
+            choice.bias = log_mass(choice.states, choice.rows, layout, scene, dtype)
+
+    def _layout(self, i: int) -> Layout:
+        """Where the tokens of layer `i` stand, as far as their numbers decide."""
+        plan = self.plan
+        lengths = plan.lengths(i)
+        ragged = min(lengths) != max(lengths)
+        counts = plan.keep_tensor[i] + plan.text_tensor if ragged else None
+        return make_layout(plan.text, counts, max(lengths))
+
+    def _run(self, i: int, hidden: Tensor, choice: _Choice, ours: bool) -> _Running:
+        """What the result of layer `i` is merged with."""
+        carry, latent, normed = None, None, self.plan.normed
+        if self._pieces.policy.carry and normed is not None:
+            carry = self._pieces.carries[i]
+            latent = normed.times(carry.down, carry.eps).to(hidden.dtype)
+        assert choice.rows is not None and choice.layout is not None
+        return _Running(hidden, choice.rows, choice.layout.valid, ours, carry, latent)
+
+    def _selected_mask(
+        self, choice: _Choice, chosen: Tensor, past: SelectiveLayer | None
+    ) -> Tensor | None:
+        """The mask of a layer that runs on a choice; made once for all that have cached nothing."""
+        assert choice.layout is not None
+        valid, bias = choice.layout.valid, choice.bias
+        if past is not None and past.slots:
+            return self._mask(chosen, past, valid, bias, selects=True)
+        if past is not None:
+            past.expect(self.plan.tokens, valid, plain=False, bias=bias)
+        if isinstance(choice.mask, tuple):
+            if valid is None and bias is not None:
+                choice.mask = self._causal_mask(chosen) + bias[:, None, None]
+            else:
+                choice.mask = build_mask(self._implementation, chosen, 0, valid, bias)
+        return choice.mask
+
+    def _causal_mask(self, chosen: Tensor) -> Tensor:
+        """Additive, without a past; the same for as many tokens."""
+        made, tokens = self._causal, chosen.shape[1]
+        if made is None or made.shape[-1] != tokens or made.device != chosen.device:
+            made = self._causal = build_mask("eager", chosen, 0, None)
+            assert made is not None
+        return made
 
     def _mask(
         self,
@@ -297,15 +364,11 @@ class Forward:
         past: SelectiveLayer | None,
         valid: Tensor | None,
         bias: Tensor | None,
+        selects: bool = False,
     ) -> Tensor | None:
-        batch, rows, _ = hidden.shape
-        if past is not None:
-            bias = past.whole_bias(batch, rows, bias)
-        return build_mask(
-            self._implementation,
-            hidden,
-            0 if past is None else past.slots,
-            None if past is None else past.valid,
-            valid,
-            bias,
-        )
+        """The mask of a layer behind what it has cached, which is told what comes."""
+        assert past is not None
+        rows, slots = hidden.shape[1], past.slots
+        bias, valid = past.whole_bias(rows, bias), past.whole_valid(rows, valid)
+        past.expect(self.plan.tokens, valid, plain=not selects, bias=bias)
+        return build_mask(self._implementation, hidden, slots, valid, bias)

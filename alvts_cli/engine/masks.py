@@ -40,7 +40,6 @@ def build_mask(
     implementation: str,
     hidden: Tensor,
     past_slots: int,
-    past_valid: Tensor | None,
     valid: Tensor | None,
     bias: Tensor | None = None,
 ) -> Tensor | None:
@@ -50,8 +49,7 @@ def build_mask(
         implementation: `config._attn_implementation`.
         hidden: `[B, Q, D]`, for the batch, the number of rows, the dtype and the device.
         past_slots: keys in the layer's cache before this forward.
-        past_valid: bool `[B, past_slots]`, False at fill; None when all are real.
-        valid: bool `[B, Q]`, False at fill; None when all are real.
+        valid: bool `[B, past_slots + Q]`, False at fill; None when all are real.
         bias: `[B, past_slots + Q]`, added to the logits of every key; None for none.
 
     Returns:
@@ -62,29 +60,23 @@ def build_mask(
         bias, additive for sdpa too; FlashAttention has no place for one, see `check_bias`.
     """
     style = mask_style(implementation)
-    batch, rows, _ = hidden.shape
-    real = None
-    if past_valid is not None or valid is not None:
-        if past_valid is None:
-            past_valid = torch.ones(batch, past_slots, dtype=torch.bool, device=hidden.device)
-        if valid is None:
-            valid = torch.ones(batch, rows, dtype=torch.bool, device=hidden.device)
-        real = torch.cat([past_valid, valid], dim=1)
+    rows = hidden.shape[1]
     if style == "flash":
-        return real
+        return valid
     # With a past, sdpa's own causal mask is aligned to the first key: it would be wrong.
     own_causal = rows == 1 or (style == "sdpa" and past_slots == 0)
-    if real is None and own_causal and bias is None:
+    if valid is None and own_causal and bias is None:
         return None
     added = None if bias is None else bias.to(hidden)[:, None, None]
-    if real is None and rows == 1:
+    if valid is None and rows == 1:
         return added
     key = torch.arange(past_slots + rows, device=hidden.device)
     row = key[past_slots:, None]
-    allowed = (key <= row)[None, None]
-    if real is not None:
-        allowed = (allowed & real[:, None, None, :]) | (key == row)
+    hide = (key > row)[None, None]
+    if valid is not None:
+        hide = (hide | ~valid[:, None, None, :]) & (key != row)
     if style == "sdpa" and added is None:
-        return allowed
-    additive = torch.zeros_like(allowed, dtype=hidden.dtype) if added is None else added
-    return additive.masked_fill(~allowed, torch.finfo(hidden.dtype).min)
+        return ~hide
+    if added is None:
+        added = torch.zeros_like(hide, dtype=hidden.dtype)
+    return added.masked_fill(hide, torch.finfo(hidden.dtype).min)

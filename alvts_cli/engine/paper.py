@@ -15,12 +15,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from .scoring import inverse_rms
+from .normed import Normed
+from .scene import Scene
 
 # Rows of the attention held at once: bounds memory to B * ROWS * T floats.
 _ROWS = 1024
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,7 @@ def paper_importance(
         float32 `[B, T]`, -inf where not visual. Differentiable; never waits for the device.
     """
     tokens = hidden.shape[1]
-    scale = inverse_rms(hidden, selector.eps)
-    both = functional.linear(hidden, torch.cat([selector.query, selector.key])) * scale
+    both = Normed(hidden).times(torch.cat([selector.query, selector.key]), selector.eps)
     query, key = both.chunk(2, dim=-1)
     if selector.query_bias is not None:
         query = query + selector.query_bias
@@ -110,3 +110,28 @@ def paper_importance(
     from_visual, from_text = means.unbind(dim=1)
     from_text = torch.where(text.any(dim=1, keepdim=True), from_text, 1.0)
     return (from_visual * from_text).masked_fill(~visual, -torch.inf)
+
+
+def paper_means(normed: Normed, selector: PaperSelector, scene: Scene) -> tuple[Tensor, Tensor]:
+    """The factors of `paper_importance` in few launches: float32 `[B, T]` each, the first one 0
+    where not visual. In a sample without text the second one ranks as the first.
+
+    Args:
+        normed: the layer's input.
+        selector: of the layer.
+        scene: what is the same in every layer.
+    """
+    query, key = (normed.times(down, selector.eps) for down in (selector.query, selector.key))
+    if selector.query_bias is not None:
+        query = (query + selector.query_bias).to(key.dtype)
+    # One row of weights for the visual, one for the text tokens.
+    weights, added = scene.row_weights(), scene.causal(key.dtype)
+    means: Tensor | None = None
+    for start in range(0, query.shape[1], _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        logits = torch.baddbmm(added[:, part], query[:, part], key.transpose(1, 2))
+        some = weights[:, :, part] @ logits.softmax(dim=-1, dtype=torch.float32)
+        means = some if means is None else means + some
+    assert means is not None
+    from_visual, from_text = means.unbind(dim=1)
+    return from_visual * scene.present(), from_text

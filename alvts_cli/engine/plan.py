@@ -8,7 +8,9 @@ from torch import Tensor
 
 from ..errors import AlvtsError
 from .keep import Keep
-from .scoring import asking, places
+from .normed import Normed
+from .scene import Scene
+from .scoring import asking, marked_places
 from .selecting import positions_of
 
 
@@ -23,12 +25,16 @@ class Plan:
         visual_counts, text_counts: per sample, `N` and `M`; empty for a single token.
         keep_counts: `[layer][sample]`, `k`; empty when there is no visual token.
         keep_tensor: the same as int64 `[L, B]`, on the device of the masks.
+        text_tensor: `M` as int64 `[B]`, likewise; empty for a single token.
         asking_index, asking_valid: `[B, M']`, the text that sees an image, as `positions_of` has
-            it; empty when there is no visual token.
-        places: as `scoring.places`; empty likewise.
+            it, the second None where nothing is filled; empty when there is no visual token.
+        places: as `scoring.marked_places`; empty likewise.
         images: int64 `[B, T]`: of every token, how many images have begun in its sample. Visual
             tokens without a text token between them are one image. Empty likewise.
         several: whether any sample has more than one image.
+        compares: whether importance is not yet what tokens are ranked by.
+        normed: of the layer that is about to run.
+        parts: what a scorer has made of `places`, for all layers.
     """
 
     tokens: int
@@ -39,11 +45,16 @@ class Plan:
     text_counts: tuple[int, ...]
     keep_counts: tuple[tuple[int, ...], ...]
     keep_tensor: Tensor
+    text_tensor: Tensor
     asking_index: Tensor
-    asking_valid: Tensor
+    asking_valid: Tensor | None
     places: Tensor
     images: Tensor
     several: bool
+    compares: bool = False
+    normed: Normed | None = None
+    parts: Tensor | None = None
+    _scene: Scene | None = None
 
     def selects(self, layer: int) -> bool:
         """Whether a visual token skips this layer."""
@@ -59,16 +70,45 @@ class Plan:
 
     def move(self, device: torch.device) -> None:
         """Put the tensors on the device of the coming layer."""
-        self.visual, self.text = self.visual.to(device), self.text.to(device)
-        self.keep_tensor = self.keep_tensor.to(device)
-        self.asking_index = self.asking_index.to(device)
-        self.asking_valid = self.asking_valid.to(device)
-        self.places = self.places.to(device)
-        self.images = self.images.to(device)
+        if self.visual.device == device:
+            return
+        self._scene = None
+        for name in (
+            "visual",
+            "text",
+            "keep_tensor",
+            "text_tensor",
+            "asking_index",
+            "asking_valid",
+        ):
+            tensor = getattr(self, name)
+            setattr(self, name, None if tensor is None else tensor.to(device))
+        self.places, self.images = self.places.to(device), self.images.to(device)
+        self.parts = None if self.parts is None else self.parts.to(device)
 
     def real(self) -> Tensor | None:
         """bool `[B, T]`, False at padding; None when nothing is padded."""
         return self.visual | self.text if self.padded else None
+
+    def scene(self, positions: tuple[Tensor, Tensor], ids: Tensor | None = None) -> Scene:
+        """What scoring sees, the same object in every layer on a device.
+
+        Args:
+            positions: `(cos, sin)` as the layers take them.
+            ids: int64 `[B or 1, T]`, their `position_ids`.
+        """
+        if self._scene is None:
+            self._scene = Scene(
+                self.visual,
+                self.places,
+                positions,
+                self.asking_index,
+                self.asking_valid,
+                self.real(),
+                self.images if self.several else None,
+                ids,
+            )
+        return self._scene
 
 
 def read_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
@@ -107,7 +147,9 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
     if tokens == 1:
         text = torch.ones_like(visual)
         none = input_ids.new_empty(0)
-        return Plan(tokens, ~text, text, False, (), (), (), none, none, none, none, none, False)
+        return Plan(
+            tokens, ~text, text, False, (), (), (), none, none, none, None, none, none, False
+        )
     real = torch.ones_like(visual)
     if attention_mask is not None:
         real = attention_mask[:, -tokens:].to(visual.device, torch.bool)
@@ -116,7 +158,8 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
     begins = visual.clone()
     begins[:, 1:] &= ~visual[:, :-1]
     masks = (visual, text, rows, begins)
-    *sums, asked, begun = torch.stack([mask.sum(dim=1) for mask in masks]).tolist()
+    counts = torch.stack(masks).sum(dim=2)
+    *sums, asked, begun = counts.tolist()
     samples = [(n, m) for n, m in zip(*sums, strict=True)]
     keep_counts: tuple[tuple[int, ...], ...] = ()
     if any(n > 0 for n, _ in samples):
@@ -124,10 +167,12 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
             tuple(max(keep.count(layer, n), int(n > 0 and m == 0)) for n, m in samples)
             for layer in range(len(keep.values))
         )
-    index = valid = place = images = input_ids.new_empty(0)
+    index = place = images = input_ids.new_empty(0)
+    valid: Tensor | None = None
     if keep_counts:
-        index, valid = positions_of(rows, max(asked))
-        place = places(visual)
+        index, filled = positions_of(rows, max(asked))
+        valid = None if min(asked) == max(asked) else filled
+        place = marked_places(visual)
         images = begins.cumsum(dim=1)
     return Plan(
         tokens,
@@ -138,6 +183,7 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
         tuple(sums[1]),
         keep_counts,
         torch.tensor(keep_counts, dtype=torch.int64, device=visual.device),
+        counts[1],
         index,
         valid,
         place,

@@ -21,7 +21,8 @@ from ..errors import AlvtsError
 from ..families import family_of
 from ..families.layer import parts_of
 from .calls import POSITIONS
-from .scoring import asking, rotate, text_rows
+from .scene import Scene
+from .scoring import asking, marked_places, rotate, text_rows
 
 _NAME = "alvts_probe"
 
@@ -144,7 +145,9 @@ def check_layers(model: Any) -> None:
         why = None
         try:
             reached = _reach(layer, hidden, positions, ids)
-            rows = text_rows(layer, hidden, positions, index, torch.ones_like(index) > 0, ids)
+            nothing = torch.zeros_like(index, dtype=torch.bool)
+            scene = Scene(nothing, marked_places(nothing), positions, index, ids=ids)
+            rows = text_rows(layer, hidden, scene)
             keys = rotate(_heads(own.key(own.norm(hidden)), own.head_dim, own.key_norm), positions)
             if not _alike(rows.query, reached.projected.query):
                 why = "makes its queries"

@@ -16,22 +16,21 @@ in `calibration/align.py`: it is the text rows that this form cannot see.
 
 import math
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .merging import gather_hidden, gather_positions
-from .sizes import ROWS
+from .merging import gather_hidden
+from .normed import Normed
+from .scene import Scene, Together, with_marks
+from .sizes import PLACES, ROWS
 
 # Numbers of keys and of attention held at once, over all samples and heads: bounds memory. On a CPU
 # fewer were slower (2**15 to 2**19), more no faster.
-HELD = 2**26
+HELD = 2**28
 CPU_HELD = 2**20
-# Numbers copied to float32 at once on a CPU, to stay in its cache.
-CPU_COPIED = 2**18
 
 
 @dataclass(frozen=True)
@@ -68,12 +67,13 @@ class LayerSelector:
         return self.down.shape[1]
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "LayerSelector":
-        """A copy for a layer's device and dtype. The small network stays in float32."""
+        """A copy for a layer's device and dtype, laid out as a file has it, for the last bit of a
+        product depends on that. The small network stays in float32."""
         bias, norm = self.key_bias, self.key_norm
         return replace(
             self,
-            down=self.down.to(device, dtype),
-            up=self.up.to(device, dtype),
+            down=self.down.to(device, dtype).contiguous(),
+            up=self.up.to(device, dtype).contiguous(),
             key_bias=None if bias is None else bias.to(device, dtype),
             inner=self.inner.to(device, torch.float32),
             outer=self.outer.to(device, torch.float32),
@@ -88,18 +88,14 @@ class LayerSelector:
 
 @dataclass(frozen=True)
 class TextRows:
-    """The text that attends to the image.
+    """The queries of the text that asks.
 
     Attributes:
         query: `[B, H, M, d]`, the layer's own, with rotary positions.
-        index: int64 `[B, M]`, their positions in the sequence.
-        valid: bool `[B, M]`, False at the fill of shorter samples.
         scaling: of a logit.
     """
 
     query: Tensor
-    index: Tensor
-    valid: Tensor
     scaling: float
 
 
@@ -127,35 +123,52 @@ def places(visual: Tensor) -> Tensor:
     return torch.stack([(1 - a).log() + 1, (a - 0.5) * math.sqrt(12), a.log() + 1], dim=-1)
 
 
-def text_rows(
-    layer: Any,
-    hidden: Tensor,
-    positions: tuple[Tensor, Tensor],
-    index: Tensor,
-    valid: Tensor,
-    position_ids: Tensor | None = None,
-) -> TextRows:
-    """The queries that `layer` will make of some tokens.
+def marked_places(visual: Tensor) -> Tensor:
+    """`places`, then 1, then 1 where a token is not visual: float32 `[B, T, PLACES + 2]`."""
+    return with_marks(places(visual), visual)
+
+
+# Not -inf: a sample without visual tokens would be nan.
+_HIDDEN = -1e30
+
+
+def place_weights(selector: LayerSelector) -> Tensor:
+    """What `marked_places` are to be multiplied with: float32 `[PLACES + 2, m + 1]`, for what they
+    add to the hidden units and, last, to `log S_V2V`. That of other tokens is lowest there."""
+    inner = functional.pad(selector.inner[:, -PLACES - 1 :].T, (0, 0, 0, 1))
+    outer = functional.pad(selector.outer[-PLACES:], (0, 1))
+    return torch.cat([inner, functional.pad(outer, (0, 1), value=_HIDDEN)[:, None]], dim=1)
+
+
+def text_rows(layer: Any, hidden: Tensor, scene: Scene) -> TextRows:
+    """The queries that `layer` will make of the text that asks.
 
     Args:
         layer: a decoder layer.
         hidden: its input `[B, T, D]`.
-        positions: `(cos, sin)` as the layer takes them, `[B or 1, T, d]`.
-        index, valid: `[B, M]`, as `selecting.positions_of` gives them.
-        position_ids: int64 `[B or 1, T]`, for a layer that scales its queries by them.
+        scene: says which tokens ask.
     """
+    normed = layer.input_layernorm(gather_hidden(hidden, scene.rows()))
     attention = layer.self_attn
-    states = attention.q_proj(layer.input_layernorm(gather_hidden(hidden, index)))
-    states = states.unflatten(-1, (-1, attention.head_dim))
+    states = attention.q_proj(normed).unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, "q_norm", None)
     query = (states if norm is None else norm(states)).transpose(1, 2)
-    query = rotate(query, gather_positions(positions, index))
-    scaled = scaled_by_position(layer)
-    if scaled is not None and position_ids is not None:
-        beta, longest = scaled
-        ids = position_ids.expand(len(index), -1).gather(1, index)
-        query = query * (1 + beta * (1 + ids // longest).log()).to(query)[:, None, :, None]
-    return TextRows(query, index, valid, attention.scaling)
+    query = rotate(query, scene.asked())
+    scale = _scale(layer, scene)
+    if scale is not None:
+        query = query * scale.to(query)[:, None, :, None]
+    return TextRows(query, attention.scaling)
+
+
+def _scale(layer: Any, scene: Scene) -> Tensor | None:
+    """`[B, M]`: what the queries of the text that asks are multiplied with, see
+    `scaled_by_position`."""
+    scaled, ids = scaled_by_position(layer), scene.ids
+    if scaled is None or ids is None:
+        return None
+    beta, longest = scaled
+    ids = ids.to(scene.index.device).expand(len(scene.index), -1).gather(1, scene.index)
+    return 1 + beta * (1 + ids // longest).log()
 
 
 def scaled_by_position(layer: Any) -> tuple[float, int] | None:
@@ -173,93 +186,70 @@ def rotate(states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
     return states * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def importance(
-    hidden: Tensor,
-    selector: LayerSelector,
-    rows: TextRows,
-    positions: tuple[Tensor, Tensor],
-    visual: Tensor,
-    place: Tensor,
-    real: Tensor | None = None,
-) -> Tensor:
+def importance(hidden: Tensor, selector: LayerSelector, rows: TextRows, scene: Scene) -> Tensor:
     """`S(i) = S_V2V(i) * S_T2V(i)` of every visual token.
 
     Args:
         hidden: `[B, T, D]`, the layer's input as it is (before its norm), any float dtype.
         selector: on the device and in the dtype of `hidden`.
         rows: the text; a sample without any is ranked by `S_V2V` alone.
-        positions: `(cos, sin)` as the layer takes them, `[B or 1, T, d]`.
-        visual: bool `[B, T]`.
-        place: as `places(visual)`.
-        real: bool `[B, T]`, False at padding, which is no column; None when nothing is padded.
+        scene: what is the same in every layer.
 
     Returns:
         float32 `[B, T]`, -inf where not visual. Differentiable; never waits for the device.
     """
-    from_visual, from_text = means(hidden, selector, rows, positions, visual, place, real)
-    return (from_visual * from_text).masked_fill(~visual, -torch.inf)
+    from_visual, from_text = means(hidden, selector, rows, scene)
+    return (from_visual * from_text).masked_fill(~scene.visual, -torch.inf)
 
 
 def means(
-    hidden: Tensor,
-    selector: LayerSelector,
-    rows: TextRows,
-    positions: tuple[Tensor, Tensor],
-    visual: Tensor,
-    place: Tensor,
-    real: Tensor | None = None,
+    hidden: Tensor, selector: LayerSelector, rows: TextRows, scene: Scene
 ) -> tuple[Tensor, Tensor]:
     """The two factors of `importance`, `S_V2V` and `S_T2V`: float32 `[B, T]` each.
 
     `S_V2V` is scaled to a sum of 1, and 0 where not visual. `S_T2V` is that of all columns, and 1
     in a sample without text.
     """
-    latent = latent_of(hidden, selector)
-    from_text = _text_mean(latent.to(hidden.dtype), selector, rows, positions, real)
-    from_text = torch.where(rows.valid.any(dim=1, keepdim=True), from_text, 1.0)
-    return _visual_mean(selector, latent.float(), visual, place), from_text
+    latent = Normed(hidden).times(selector.down, selector.eps)
+    seen = latent.float() * scene.visual[..., None]
+    part = scene.places @ place_weights(selector)
+    from_visual = visual_mean(selector, seen, part) * scene.visual
+    return from_visual, text_mean(latent.to(hidden.dtype), selector, rows, scene)
 
 
-def latent_of(hidden: Tensor, selector: LayerSelector) -> Tensor:
-    """`z = V n(x)` of every token of `hidden` `[B, T, D]`: float32 `[B, T, R]`."""
-    return functional.linear(hidden, selector.down) * inverse_rms(hidden, selector.eps)
+def visual_mean(selector: LayerSelector, latent: Tensor, part: Tensor) -> Tensor:
+    """`S_V2V`, float32 `[B, T]`; next to nothing where not visual.
+
+    Args:
+        selector: of the layer.
+        latent: float32 `[B, T, R]`.
+        part: `[B, T, m + 1]`, the places' by `place_weights`.
+    """
+    units, rank = selector.inner.shape[0], latent.shape[-1]
+    part = part.flatten(0, 1)
+    inner = selector.inner[:, :rank].T
+    hidden = functional.gelu(torch.addmm(part[:, :-1], latent.flatten(0, 1), inner))
+    # float() is for autocast, which would mix precisions.
+    log = torch.addmv(part[:, -1].float(), hidden.float(), selector.outer[:units])
+    return log.view(latent.shape[:2]).softmax(dim=-1)
 
 
-def inverse_rms(hidden: Tensor, eps: float) -> Tensor:
-    """What an RMSNorm scales the rows of `hidden` `[B, T, D]` by: float32 `[B, T, 1]`."""
-    return torch.rsqrt(_norm(hidden).square() / hidden.shape[-1] + eps)
-
-
-def _visual_mean(selector: LayerSelector, latent: Tensor, visual: Tensor, place: Tensor) -> Tensor:
-    weights, bias = selector.inner[:, :-1], selector.inner[:, -1]
-    units = functional.gelu(functional.linear(torch.cat([latent, place], dim=-1), weights, bias))
-    log = torch.cat([units, place], dim=-1) @ selector.outer
-    # Not -inf: a sample without visual tokens would be nan.
-    return log.masked_fill(~visual, torch.finfo(log.dtype).min).softmax(dim=-1) * visual
-
-
-def _text_mean(
-    latent: Tensor,
-    selector: LayerSelector,
-    rows: TextRows,
-    positions: tuple[Tensor, Tensor],
-    real: Tensor | None,
-) -> Tensor:
-    """`[B, T]`: the mean over heads and text rows of their causal attention to `latent`'s keys."""
+def text_mean(latent: Tensor, selector: LayerSelector, rows: TextRows, scene: Scene) -> Tensor:
+    """`S_T2V`, float32 `[B, T]`: the mean over heads and text rows of their causal attention to
+    `latent`'s keys; 1 in a sample without text. In blocks, which bounds memory."""
     batch, heads, count, width = rows.query.shape
     tokens = latent.shape[1]
     # Consecutive query heads share a key head.
     groups = selector.up.shape[0] // width
     query = (rows.query * rows.scaling).unflatten(1, (groups, -1))
-    weights = rows.valid / rows.valid.sum(dim=1, keepdim=True).clamp(min=1)
-    columns = torch.arange(tokens, device=latent.device)
+    weights, unseen = scene.weights(), scene.unseen()
     # Keys as columns, as the product wants them: turning them round would cost more than the rest.
     latent = latent.transpose(1, 2)
-    cos, sin = (table.to(latent).transpose(1, 2)[:, None].contiguous() for table in positions)
+    cos, sin = scene.columns(latent.dtype)
     up = selector.up.unflatten(0, (groups, width))
     bias = None if selector.key_bias is None else selector.key_bias.view(groups, width, 1)
 
-    held = (CPU_HELD if latent.device.type == "cpu" else HELD) // (batch * tokens)
+    held = CPU_HELD // (batch * tokens)
     some = min(groups, max(1, held // width))
     size = max(1, held // (some * (heads // groups)))
     mean = torch.zeros(batch, tokens, device=latent.device)
@@ -275,19 +265,85 @@ def _text_mean(
         start = 0
         while start < count:
             block = slice(start, start + size)
-            seen = columns <= rows.index[:, block, None]
-            if real is not None:
-                seen = seen & real[:, None, :]
+            hide = unseen[:, block]
             # float() is for autocast, which would make them half precision.
             logits = (query[:, part, :, block].flatten(2, 3) @ keys).float()
-            logits = logits.view(batch, -1, rows.index[:, block].shape[1], tokens)
+            logits = logits.view(batch, -1, hide.shape[1], tokens)
             # Not -inf: a fill row may be padding, without any column.
             lowest = torch.finfo(torch.float32).min
-            attention = logits.masked_fill(~seen[:, None], lowest).softmax(dim=-1)
+            attention = logits.masked_fill(hide[:, None], lowest).softmax(dim=-1)
             mean = mean + (weights[:, None, None, block] @ attention).sum(dim=(1, 2))
             start += size
         group += some
-    return mean / heads
+    return scene.where_asked(mean / heads, 1.0)
+
+
+def text_sum(
+    layer: Any,
+    hidden: Tensor,
+    latent: Tensor,
+    selector: LayerSelector,
+    scene: Scene,
+    norm_weight: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    """`text_mean` of the layer's own queries in few launches: queries and keys are turned in one
+    tensor, and all heads that fit into memory attend at once.
+
+    Args:
+        layer: a decoder layer.
+        hidden: its input `[B, T, D]`.
+        latent: `[B, T, R]`, in its dtype.
+        selector: of the layer.
+        scene: what is the same in every layer.
+        norm_weight: `[D]`, what the layer's input RMSNorm multiplies by; None to run it as it is.
+
+    Returns:
+        A sum, float32 `[B, T]`, and what it is to be divided by for the mean.
+    """
+    attention, norm = layer.self_attn, layer.input_layernorm
+    width, eps = attention.head_dim, selector.eps
+    groups = selector.up.shape[0] // width
+    asking = gather_hidden(hidden, scene.rows())
+    if norm_weight is None:
+        asking = norm(asking)
+    else:
+        asking = functional.rms_norm(asking, asking.shape[-1:], norm_weight, eps)
+    query = attention.q_proj(asking).unflatten(-1, (groups, -1, width))
+    keys = functional.linear(latent, selector.up, selector.key_bias).unflatten(-1, (groups, width))
+    if selector.key_norm is not None:
+        query = attention.q_norm(query)
+        keys = functional.rms_norm(keys, (width,), selector.key_norm, eps)
+    scale = _scale(layer, scene)
+    if scale is not None:
+        query = query * scale.to(query)[..., None, None, None]
+    sharing = query.shape[3]
+    # Head by head, behind them the keys: [B, G, r M + T, d].
+    states = torch.cat([*query.transpose(1, 2).unbind(3), keys.transpose(1, 2)], dim=2)
+    some = min(groups, max(1, HELD // (states.numel() // groups)))
+    tables = scene.together(states.dtype, some, sharing)
+    total: Tensor | None = None
+    for group in range(0, groups, some):
+        part = _attend(states[:, group : group + some], tables, attention.scaling)
+        total = part if total is None else total + part
+    assert total is not None
+    parts = groups * sharing * (1 if tables.weights is not None else max(1, query.shape[1]))
+    return scene.where_asked(total, parts), parts
+
+
+def _attend(states: Tensor, tables: Together, scaling: float) -> Tensor:
+    """`[B, T]`: the attention of some key heads, summed over heads and rows."""
+    batch, groups, _, width = states.shape
+    turned = torch.addcmul(states * tables.cos, states.roll(width // 2, dims=-1), tables.sin)
+    rows = tables.unseen.shape[2]
+    query, keys = turned[:, :, :rows], turned[:, :, rows:]
+    unseen = tables.unseen[:, :groups].flatten(0, 1)
+    logits = torch.baddbmm(
+        unseen, query.flatten(0, 1), keys.flatten(0, 1).transpose(1, 2), alpha=scaling
+    )
+    attention = logits.softmax(dim=-1).view(batch, groups, rows, keys.shape[2])
+    if tables.weights is None:
+        return attention.sum(dim=(1, 2), dtype=torch.float32)
+    return (tables.weights[:, None] @ attention.float()).sum(dim=(1, 2))
 
 
 def _norm_columns(states: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -308,16 +364,3 @@ def _rotate_columns(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ],
         dim=2,
     )
-
-
-def _norm(hidden: Tensor) -> Tensor:
-    """The length `[B, T, 1]` of every row of `hidden` `[B, T, D]`, at least float32."""
-    batch, _, width = hidden.shape
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    norm = partial(torch.linalg.vector_norm, dim=-1, keepdim=True, dtype=wide)
-    # A GPU's kernel has a float32 accumulator; a CPU's is given a float32 copy, so it gets small
-    # parts. Not in a compiled graph, which would have their number for a constant.
-    if hidden.device.type != "cpu" or torch.compiler.is_compiling():
-        return norm(hidden)
-    size = max(1, CPU_COPIED // (batch * width))
-    return torch.cat([norm(part) for part in hidden.split(size, dim=1)], dim=1)

@@ -1,27 +1,67 @@
 """From importance to positions, with static shapes and without waiting for the device."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from .merging import sample_starts
 
-def select(
-    importance: Tensor, keep_counts: Tensor, text: Tensor, length: int
-) -> tuple[Tensor, Tensor]:
-    """The positions a layer runs on: the `k` best visual tokens and every text token.
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a layer's tokens stand in a batch, as far as numbers of tokens alone decide it.
+
+    Attributes:
+        length: tokens of the longest sample.
+        valid: bool `[B, length]`, False at the fill of shorter samples, on the left; None where
+            there is none.
+        lift: `[B, length]`, added to positions before they are sorted, best first; or None.
+        drop: `[B or 1, length or 1]`, taken from them afterwards: what is left are rows, see
+            `merging`; or None.
+    """
+
+    length: int
+    valid: Tensor | None
+    lift: Tensor | None
+    drop: Tensor | None
+
+
+def make_layout(among: Tensor, lengths: Tensor | None, length: int) -> Layout:
+    """
+    Args:
+        among: `[B, T]`, of whose shape the batch is, and on whose device.
+        lengths: int64 `[B]`, tokens that every sample keeps, text included; None where all keep
+            as many.
+        length: the largest of them, known on the host.
+    """
+    batch, tokens = among.shape
+    starts = None if batch == 1 else sample_starts(batch, tokens, among.device)
+    if lengths is None:
+        return Layout(length, None, None, None if starts is None else -starts)
+    order = torch.arange(length, device=lengths.device)
+    lift = (order < lengths[:, None]) * tokens
+    valid = order >= length - lengths[:, None]
+    return Layout(length, valid, lift, valid * tokens - (0 if starts is None else starts))
+
+
+def select(scores: Tensor, layout: Layout) -> Tensor:
+    """The rows a layer runs on: every text token and the best visual ones.
 
     Args:
-        importance: `[B, T]`, -inf where not visual. On a tie the earlier token wins.
-        keep_counts: int64 `[B]`, at most the number of visual tokens of the sample.
-        text: bool `[B, T]`.
-        length: the largest `text + k` of the batch, known on the host.
+        scores: `[B, T]`, inf at text and -inf at padding. On a tie the earlier token wins.
+        layout: how many of each sample.
 
     Returns:
-        As `positions_of`.
+        int64 `[B, length]`: distinct rows (see `merging`), the chosen ones ascending on the right.
+        Shorter samples are filled on the left with rows that were not chosen.
     """
-    best_first = importance.argsort(dim=-1, descending=True, stable=True)
-    ranks = torch.arange(importance.shape[1], device=importance.device)
-    best = torch.zeros_like(text).scatter_(1, best_first, ranks < keep_counts[:, None])
-    return positions_of(text | best, length)
+    best_first = scores.sort(dim=-1, descending=True, stable=True).indices
+    taken = best_first[:, : layout.length]
+    if layout.lift is not None:
+        taken = taken + layout.lift
+    rows = taken.sort(dim=-1).values
+    return rows if layout.drop is None else rows - layout.drop
 
 
 def positions_of(chosen: Tensor, length: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,203 @@
+"""What is the same in every layer that scores: who asks, what is seen, and where everything is."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .merging import join_positions, rows_of, take_positions
+
+
+@dataclass
+class Scene:
+    """One batch of prompts, as scoring sees them.
+
+    Attributes:
+        visual: bool `[B, T]`.
+        places: as `scoring.marked_places`.
+        positions: `(cos, sin)` as the layers take them, `[B or 1, T, d]`.
+        index: int64 `[B, M]`, where the text that asks stands in the sequence.
+        valid: bool `[B, M]`, False at the fill of shorter samples; None where there is none.
+        real: bool `[B, T]`, False at padding, which is no column; None when nothing is padded.
+        images: int64 `[B, T]`, the image a visual token is of; None where no sample has several.
+        ids: int64 `[B or 1, T]`, position ids, for layers that scale their queries by them.
+    """
+
+    visual: Tensor
+    places: Tensor
+    positions: tuple[Tensor, Tensor]
+    index: Tensor
+    valid: Tensor | None = None
+    real: Tensor | None = None
+    images: Tensor | None = None
+    ids: Tensor | None = None
+    _present: Tensor | None = field(default=None, init=False)
+    _log_present: Tensor | None = field(default=None, init=False)
+    _ones: Tensor | None = field(default=None, init=False)
+    _fill: Tensor | None = field(default=None, init=False)
+    _apart: Tensor | None = field(default=None, init=False)
+    _row_weights: Tensor | None = field(default=None, init=False)
+    _causal: Tensor | None = field(default=None, init=False)
+    _unseen: Tensor | None = field(default=None, init=False)
+    _rows: Tensor | None = field(default=None, init=False)
+    _joined: Tensor | None = field(default=None, init=False)
+    _asked: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+    _columns: tuple[Tensor, Tensor] | None = field(default=None, init=False)
+    _together: "Together | None" = field(default=None, init=False)
+
+    def rows(self) -> Tensor:
+        """int64 `[B, M]`: the text that asks, as `merging` names tokens."""
+        if self._rows is None:
+            self._rows = rows_of(self.index, self.visual.shape[1])
+        return self._rows
+
+    def joined(self) -> Tensor:
+        """The rotary tables as `merging.join_positions` makes them."""
+        if self._joined is None:
+            batch, device = self.visual.shape[0], self.visual.device
+            self._joined = join_positions(self.positions, batch, device)
+        return self._joined
+
+    def asked(self) -> tuple[Tensor, Tensor]:
+        """The rotary tables of the text that asks, `[B, M, d]` each."""
+        if self._asked is None:
+            self._asked = take_positions(self.joined(), self.rows())
+        return self._asked
+
+    def present(self) -> Tensor:
+        """float32 `[B, T]`: 1 where visual, else 0."""
+        if self._present is None:
+            self._present = self.visual.float()
+        return self._present
+
+    def log_present(self) -> Tensor:
+        """Its logarithm."""
+        if self._log_present is None:
+            self._log_present = self.present().log()
+        return self._log_present
+
+    def ones(self) -> Tensor:
+        """float32 `[B, T]`."""
+        if self._ones is None:
+            self._ones = torch.ones_like(self.present())
+        return self._ones
+
+    def fill(self) -> Tensor:
+        """float32 `[B, T]`, what `selecting.select` wants beside the scores: 0 where visual, inf at
+        text, -inf at padding."""
+        if self._fill is None:
+            fill = torch.zeros(self.visual.shape, device=self.visual.device)
+            fill = fill.masked_fill(~self.visual, torch.inf)
+            self._fill = fill if self.real is None else fill.masked_fill(~self.real, -torch.inf)
+        return self._fill
+
+    def apart(self) -> Tensor | None:
+        """bool `[B, T, T]`: pairs of different images; None where no sample has several."""
+        if self._apart is None and self.images is not None:
+            self._apart = self.images[:, :, None] != self.images[:, None, :]
+        return self._apart
+
+    def row_weights(self) -> Tensor:
+        """float32 `[B, 2, T]`: the part of every row in the mean over visual rows, and in that over
+        text rows; where there is no text, over visual ones again."""
+        if self._row_weights is None:
+            text = ~self.visual if self.real is None else self.real & ~self.visual
+            text = text | (self.visual & ~text.any(dim=1, keepdim=True))
+            rows = torch.stack([self.visual, text], dim=1).float()
+            self._row_weights = rows / rows.sum(dim=-1, keepdim=True).clamp(min=1)
+        return self._row_weights
+
+    def causal(self, dtype: torch.dtype) -> Tensor:
+        """`[B or 1, T, T]`: what is added to the logits of all rows."""
+        if self._causal is None:
+            order = torch.arange(self.visual.shape[1], device=self.visual.device)
+            unseen = (order > order[:, None])[None]
+            unseen = unseen if self.real is None else unseen | ~self.real[:, None]
+            # Not -inf: a padding row may have no column at all.
+            lowest = torch.finfo(dtype).min
+            self._causal = torch.zeros_like(unseen, dtype=dtype).masked_fill(unseen, lowest)
+        return self._causal
+
+    def unseen(self) -> Tensor:
+        """bool `[B, M, T]`: the tokens that a row does not attend to."""
+        if self._unseen is None:
+            columns = torch.arange(self.visual.shape[1], device=self.visual.device)
+            unseen = columns > self.index[..., None]
+            self._unseen = unseen if self.real is None else unseen | ~self.real[:, None]
+        return self._unseen
+
+    def weights(self) -> Tensor:
+        """float32 `[B, M]`: the part of every row in a mean; 0 at fill."""
+        if self.valid is None:
+            count = self.index.shape[1]
+            return torch.full(self.index.shape, 1 / max(1, count), device=self.index.device)
+        return self.valid / self.valid.sum(dim=1, keepdim=True).clamp(min=1)
+
+    def where_asked(self, values: Tensor, otherwise: float) -> Tensor:
+        """`values` `[B, T]`, something else in samples where no text asks."""
+        if self.index.shape[1] == 0:
+            return torch.full_like(values, otherwise)
+        if self.valid is None:
+            return values
+        return values.masked_fill(~self.valid.any(dim=1, keepdim=True), otherwise)
+
+    def columns(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The rotary tables as columns: `[B or 1, 1, d, T]`."""
+        if self._columns is None or self._columns[0].dtype != dtype:
+            cos, sin = (
+                table.to(self.visual.device, dtype).transpose(1, 2)[:, None].contiguous()
+                for table in self.positions
+            )
+            self._columns = cos, sin
+        return self._columns
+
+    def together(self, dtype: torch.dtype, groups: int, sharing: int) -> "Together":
+        """Tables for queries and keys in one tensor, see `Together`."""
+        if self._together is None:
+            self._together = _together(self, dtype, groups, sharing)
+        return self._together
+
+
+@dataclass(frozen=True)
+class Together:
+    """For `[B, G, r M + T, d]`: the queries of the `r` heads that share a key head, head by head,
+    and behind them the keys of all tokens.
+
+    Attributes:
+        cos, sin: `[B, 1, r M + T, d]`; the first half of the sines is negated, for a state that is
+            rolled by half its width.
+        unseen: `[B, G or 1, r M, T]`, what is added to logits.
+        weights: float32 `[B, 1, r M]`, of the rows in a mean; None where all have the same.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    unseen: Tensor
+    weights: Tensor | None
+
+
+def _together(scene: Scene, dtype: torch.dtype, groups: int, sharing: int) -> Together:
+    batch = scene.visual.shape[0]
+    table = scene.joined().to(dtype)
+    asked = table.index_select(0, scene.rows().flatten())
+    asked, every = (part.unflatten(0, (batch, -1)) for part in (asked, table))
+    cos, sin = torch.cat([*[asked] * sharing, every], dim=1)[:, None].chunk(2, dim=-1)
+    first, second = sin.chunk(2, dim=-1)
+    unseen = scene.unseen().repeat(1, sharing, 1)[:, None]
+    added = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device)
+    # Not -inf: a fill row may be padding, without any column.
+    added = added.masked_fill(unseen, torch.finfo(dtype).min)
+    if batch > 1:
+        added = added.repeat(1, groups, 1, 1)
+    weights = None
+    if scene.valid is not None:
+        weights = scene.weights().repeat(1, sharing)[:, None]
+    return Together(cos, torch.cat([-first, second], dim=-1), added, weights)
+
+
+def with_marks(places: Tensor, visual: Tensor) -> Tensor:
+    """`places` `[B, T, P]` with a 1 and, where a token is not `visual`, another: `[B, T, P + 2]`,
+    so that one product adds a constant and hides what is no candidate."""
+    ones = functional.pad(places, (0, 1), value=1.0)
+    return torch.cat([ones, (~visual).float()[..., None]], dim=-1)

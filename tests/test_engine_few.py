@@ -1,0 +1,54 @@
+"""The operators that a GPU gets, run on a CPU: the same choices, and few of them."""
+
+import pytest
+import torch
+from test_engine_batch import fresh, prompts
+from test_engine_pieces import POLICIES, every_policy
+from test_engine_reference import check_generation
+from tiny import FAMILIES, Prompt, make_inputs, make_model, make_selectors, one_image
+
+from alvts_cli import attach
+from alvts_cli.engine import normed, scorer
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    for module in (normed, scorer):
+        monkeypatch.setattr(module, "fused", lambda device: True)
+
+
+@every_policy
+def test_generation_equals_the_reference(policy):
+    model = make_model("llava")
+    check_generation(model, make_inputs(model, one_image("llava")), 0.25, policy=policy)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family):
+    model = make_model(family)
+    inputs = make_inputs(model, one_image(family))
+    check_generation(model, inputs, [1.0, 0.25, 0, 5], family)
+    check_generation(model, inputs, 0.25, family, policy=POLICIES["all"])
+
+
+@every_policy
+def test_several_images(policy):
+    model = make_model("llava")
+    inputs = make_inputs(model, Prompt([1, 5, 9, 12, 33, 47], [(16, 16), (16, 16)]))
+    check_generation(model, inputs, 0.25, policy=policy)
+
+
+@every_policy
+def test_a_padded_batch_equals_its_samples(policy):
+    model = make_model("qwen2_5_vl")
+    selectors = make_selectors("qwen2_5_vl", policy=policy)
+    samples = prompts("qwen2_5_vl")
+    batch = make_inputs(model, *samples)
+    longest = batch["input_ids"].shape[1]
+    with torch.no_grad(), attach(model, selectors, 0.25):
+        whole = fresh(model)(**batch).logits
+        for b, sample in enumerate(samples):
+            inputs = make_inputs(model, sample)
+            length = inputs["input_ids"].shape[1]
+            one = fresh(model)(**inputs).logits[0]
+            torch.testing.assert_close(whole[b, longest - length :], one, rtol=1e-4, atol=1e-4)
