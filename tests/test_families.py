@@ -20,7 +20,8 @@ from alvts_cli import attach
 from alvts_cli.bench.inputs import synthetic_inputs
 from alvts_cli.engine import LayerSelector, Selection, cache_of, prefill_flops
 from alvts_cli.engine.probe import attention_means, check_layers, project
-from alvts_cli.engine.scoring import asking, means, places, text_rows
+from alvts_cli.engine.scene import Scene
+from alvts_cli.engine.scoring import asking, marked_places, means, text_rows
 from alvts_cli.engine.selecting import positions_of
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import FAMILIES, family_of
@@ -232,13 +233,15 @@ def test_scores_are_of_the_layers_own_attention(kind):
         model(**inputs)
     for handle in handles:
         handle.remove()
-    index, valid = positions_of(asking(visual, ~visual), int(asking(visual, ~visual).sum()))
+    index, _ = positions_of(asking(visual, ~visual), int(asking(visual, ~visual).sum()))
     norms = set()
     with torch.no_grad():
         for layer, (hidden, kwargs) in zip(decoder(model).layers, calls, strict=True):
             positions = kwargs["position_embeddings"]
             own = project(layer, hidden, positions)
-            rows = text_rows(layer, hidden, positions, index, valid, kwargs["position_ids"])
+            marked = marked_places(visual)
+            scene = Scene(visual, marked, positions, index, ids=kwargs["position_ids"])
+            rows = text_rows(layer, hidden, scene)
             torch.testing.assert_close(rows.query[0], own.query[0][:, index[0]])
             assert rows.scaling == own.scaling
             about = family_of(model).query_key(layer)
@@ -253,7 +256,7 @@ def test_scores_are_of_the_layers_own_attention(kind):
                 eps=about.norm_eps,
                 key_norm=about.k_norm,
             )
-            _, got = means(hidden, whole, rows, positions, visual, places(visual))
+            _, got = means(hidden, whole, rows, scene)
             _, real = attention_means(own, visual, ~visual)
             # The real mean counts text in front of the image, too.
             real = real * float((~visual).sum()) / index.shape[1]
