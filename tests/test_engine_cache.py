@@ -81,10 +81,11 @@ def test_layer_reports_what_was_seen():
     layer = filled()
     assert (layer.slots, layer.seen, layer.get_seq_length()) == (3, 9, 9)
     assert layer.get_mask_sizes(2) == (11, 0)
-    layer.expect(1, None, plain=True)
+    valid = torch.tensor([[False, True, True, True], [True] * 4])
+    layer.expect(1, valid, plain=True)
     layer.update(torch.randn(2, 1, 1, 4), torch.randn(2, 1, 1, 4))
     assert (layer.slots, layer.seen) == (4, 10)
-    assert layer.valid.tolist() == [[False, True, True, True], [True] * 4]
+    assert layer.valid is valid
 
 
 def test_layer_carries_valid_through_batch_operations():

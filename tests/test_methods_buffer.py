@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from methods_tools import deep_model
-from tiny import Prompt, make_inputs
+from methods_tools import LAYERS, deep_model
+from tiny import Prompt, Selectors, make_inputs, paper_selector
 
 from alvts_cli.bench.selectors import random_selectors
 from alvts_cli.engine import Attachment
 from alvts_cli.methods import METHODS, make_method
 
+PAPER = [paper_selector(i) for i in range(LAYERS)]
 TEXT = [1, 5, 9, 12, 33, 47, 51, 60]
 
 
@@ -20,7 +21,8 @@ def test_writing_in_place_gives_the_same_bits(name, budget, monkeypatch):
     model = deep_model()
     one, two = Prompt(TEXT, [(32, 32)], seed=1), Prompt(TEXT[:5], [(32, 32)] * 2, seed=2)
     inputs = make_inputs(model, one, two)
-    method = make_method(name, random_selectors(model))
+    paper = name == "alvts-paper"
+    method = make_method(name, Selectors(PAPER) if paper else random_selectors(model))
 
     def logits():
         with torch.no_grad(), method.attached(model, budget, ["one", "two"]) as attachment:

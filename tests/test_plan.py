@@ -37,6 +37,10 @@ def planned(path, *more):
     return json.loads(path.read_text())
 
 
+# Their vision towers read numbers off the device, which fake tensors cannot count.
+UNDESCRIBED = {"smolvlm-256m", "smolvlm-500m", "smolvlm2-2.2b", "mistral-small-3.1-24b"}
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_known_models_are_described_as_they_are(name):
     shape, config = known_shape(name), shape_config(name)
@@ -44,7 +48,8 @@ def test_known_models_are_described_as_they_are(name):
         assert shape is None
         return
     if shape is None:
-        pytest.skip(f"{name} is described when it is asked for; for an answer at once {REGENERATE}")
+        assert name in UNDESCRIBED, REGENERATE
+        return
     text = config.text_config
     assert (shape.width, shape.mlp, shape.layers, shape.vocabulary) == (
         text.hidden_size,

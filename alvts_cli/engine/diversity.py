@@ -48,5 +48,6 @@ def diverse(importance: Tensor, states: Tensor, quality: float, scene: Scene) ->
 
 def directions(latent: Tensor) -> Tensor:
     """Float32 `latent` `[B, T, R]` at length `sqrt(R)`; nothing stays nothing."""
+    latent = latent.float()
     tiny = torch.finfo(latent.dtype).tiny
     return functional.rms_norm(latent, latent.shape[-1:], None, tiny)

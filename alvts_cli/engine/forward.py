@@ -276,7 +276,9 @@ class Forward:
         with self.phase("score"):
             scores = self._scorer.importance(i, layer, hidden, plan, kwargs)
         choice = self._choice = _Choice(i)
-        choice.importance = scores if self._watch is not None else None
+        if self._watch is not None:
+            # A scorer of ours leaves there what ranking wants.
+            choice.importance = scores.masked_fill(~plan.visual, -torch.inf)
         with self.phase("select"):
             if not getattr(self._scorer, "fills", False):
                 nothing = torch.zeros_like(scores)

@@ -61,7 +61,7 @@ class SelectorScorer:
         share = 1.0
         if isinstance(selector, LayerSelector):
             latent, seen = normed.latent(selector.down, selector.eps, scene.present())
-            from_visual = visual_mean(selector, seen, self._part(layer_index, plan))
+            from_visual = visual_mean(selector, seen.float(), self._part(layer_index, plan))
             latent = latent.to(hidden.dtype)
             if fused(hidden.device):
                 norm = None if self._norms is None else self._norms[layer_index]
