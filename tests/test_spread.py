@@ -18,13 +18,18 @@ from alvts_cli.spread import Group, join
 pytest.importorskip("accelerate")
 
 SCRIPT = """
-import json, sys
+import json, os, sys
+from pathlib import Path
 from typer.testing import CliRunner
 from alvts_cli.cli import app
 
+# To a file of its own: two processes that share a pipe write into each other's lines.
+out = Path(sys.argv[2]) / os.environ["RANK"]
+told = []
 for args in json.load(open(sys.argv[1])):
     done = CliRunner().invoke(app, args)
-    print(json.dumps([done.exit_code, done.stdout, done.stderr]), flush=True)
+    told.append([done.exit_code, done.stdout, done.stderr])
+    out.write_text(json.dumps(told))
     if done.exit_code:
         sys.exit(1)
 """
@@ -50,21 +55,22 @@ def commands(folder: Path) -> list[list[str]]:
 
 def test_two_processes_make_what_one_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir()
-    two.mkdir()
-    (two / "script.py").write_text(SCRIPT)
-    (two / "commands.json").write_text(json.dumps(commands(two)))
+    one, two, said = tmp_path / "one", tmp_path / "two", tmp_path / "said"
+    for folder in (one, two, said):
+        folder.mkdir()
+    script, lines = tmp_path / "script.py", tmp_path / "commands.json"
+    script.write_text(SCRIPT)
+    lines.write_text(json.dumps(commands(two)))
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = subprocess.run(
-        [sys.executable, *launch, str(two / "script.py"), str(two / "commands.json")],
+        [sys.executable, *launch, str(script), str(lines), str(said)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    told = [answer for path in said.iterdir() for answer in json.loads(path.read_text())]
+    assert done.returncode == 0, (told, done.stdout, done.stderr)
     assert len(told) == 6
     # One of the two says it all, the other nothing.
     for words in ("recall before", "7 questions", '"answers": 20'):
@@ -88,9 +94,7 @@ def test_two_processes_make_what_one_makes(tmp_path: Path, monkeypatch: pytest.M
     assert (one / "a.jsonl").read_text() == (two / "a.jsonl").read_text()
     data = [json.loads((folder / "eval.json").read_text())["data"] for folder in (one, two)]
     assert data[0] == data[1]
-    assert sorted(path.name for path in two.iterdir()) == [
-        *("a.jsonl", "commands.json", "eval.json", "s.safetensors", "script.py")
-    ]
+    assert sorted(path.name for path in two.iterdir()) == ["a.jsonl", "eval.json", "s.safetensors"]
 
 
 def test_work_is_shared_without_gaps() -> None:
