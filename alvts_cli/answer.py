@@ -50,7 +50,7 @@ class Answer:
     kv_bytes: int
 
 
-class _Streamer(TextStreamer):
+class Streamer(TextStreamer):
     """Prints words as they come, as `say` does."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -66,15 +66,24 @@ def prepare(
     Raises:
         AlvtsError: what `build_inputs` refuses; prompt and answer must fit the model together.
     """
+    longest = longest_prompt(loaded, max_new_tokens)
+    inputs = build_inputs(loaded.processor, pictures, prompt, longest)
+    return dict(inputs.to(loaded.model.device, loaded.model.dtype))
+
+
+def longest_prompt(loaded: Loaded, max_new_tokens: int) -> int:
+    """How many tokens a prompt may have beside its answer.
+
+    Raises:
+        AlvtsError: none.
+    """
     most = loaded.model.config.text_config.max_position_embeddings
-    longest = most - max_new_tokens
-    if longest < 1:
+    if max_new_tokens >= most:
         raise AlvtsError(
             f"an answer of up to {max_new_tokens} tokens leaves no room for a prompt: the model "
             f"takes {most}; lower --max-new-tokens"
         )
-    inputs = build_inputs(loaded.processor, pictures, prompt, longest)
-    return dict(inputs.to(loaded.model.device, loaded.model.dtype))
+    return int(most - max_new_tokens)
 
 
 def selectors_for(loaded: Loaded, named: str | None, other_weights: bool = False) -> Artifact:
@@ -125,7 +134,7 @@ def answer(
         AlvtsError: a `keep` that does not fit the model.
     """
     model, tokenizer = loaded.model, loaded.processor.tokenizer
-    streamer = _Streamer(tokenizer, skip_special_tokens=True) if stream else None
+    streamer = Streamer(tokenizer, skip_special_tokens=True) if stream else None
     selecting: Any = nullcontext() if selectors is None else attach(model, selectors, keep)
     with selecting as attachment:
         if attachment is not None:

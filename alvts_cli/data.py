@@ -193,6 +193,16 @@ def pictures_in(folder: Path) -> list[Path]:
     return found
 
 
+def read_pictures(paths: Iterable[Path]) -> list[Image.Image]:
+    """The pictures in files, and all those in folders, RGB and upright.
+
+    Raises:
+        AlvtsError: one that cannot be read, or a folder without any.
+    """
+    files = [file for path in paths for file in (pictures_in(path) if path.is_dir() else [path])]
+    return [read_image(path) for path in files]
+
+
 def parse_columns(text: str | None) -> dict[str, str]:
     """`image=img,question=q` as a dict.
 

@@ -110,10 +110,36 @@ def build_inputs(
     """
     if not images:
         raise AlvtsError("give at least one image")
+    rendered = render(processor, [user_turn(processor, prompt, len(images))])
+    return process(processor, images, rendered, max_tokens)
+
+
+def user_turn(processor: Any, prompt: str, images: int) -> dict[str, Any]:
+    """What a user says, as chat templates take it.
+
+    Args:
+        processor: of the model.
+        prompt: the user's words, with places for the images or without, as in `build_inputs`.
+        images: that go with them; 0 in a later turn.
+
+    Raises:
+        AlvtsError: not as many places as images, or text that is not Unicode.
+    """
     if re.search("[\ud800-\udfff]", prompt):
         raise AlvtsError("the prompt is not text: it holds bytes that are not UTF-8")
+    return {"role": "user", "content": _parts(prompt, processor.image_token, images)}
+
+
+def process(
+    processor: Any, images: Sequence[Image.Image], rendered: str, max_tokens: int | None = None
+) -> BatchFeature:
+    """A rendered conversation and its images, ready for the model: a batch of one.
+
+    Raises:
+        AlvtsError: not one place for each image, what the processor refuses, or more tokens than
+            `max_tokens`.
+    """
     token = processor.image_token
-    rendered = _render(processor, _parts(prompt, token, len(images)))
     if rendered.count(token) != len(images):
         raise AlvtsError("the chat template of this model's processor has no place for images")
     bos = processor.tokenizer.bos_token
@@ -154,18 +180,30 @@ def _parts(prompt: str, token: str, images: int) -> list[dict[str, str]]:
     return parts
 
 
-def _render(processor: Any, parts: list[dict[str, str]]) -> str:
-    if getattr(processor, "chat_template", None):
-        turn = {"role": "user", "content": parts}
-        try:
-            return processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False)
-        # A template is a program: it may fail in any way.
-        except Exception as error:
-            raise AlvtsError(
-                f"the chat template of this model's processor fails: {error}"
-            ) from error
-    before, image, after = _turn(processor)
-    return before + "".join(part.get("text", image) for part in parts) + after
+def render(processor: Any, turns: Sequence[dict[str, Any]]) -> str:
+    """A conversation in the words that the model reads, up to where its next answer begins.
+
+    Args:
+        processor: of the model.
+        turns: as chat templates take them, the last one the user's.
+
+    Raises:
+        AlvtsError: the chat template fails.
+    """
+    own = getattr(processor, "chat_template", None)
+    if not own and len(turns) == 1:
+        before, image, after = _turn(processor)
+        return before + "".join(part.get("text", image) for part in turns[0]["content"]) + after
+    try:
+        return processor.apply_chat_template(
+            list(turns),
+            chat_template=own or usual_template(processor),
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+    # A template is a program: it may fail in any way.
+    except Exception as error:
+        raise AlvtsError(f"the chat template of this model's processor fails: {error}") from error
 
 
 def usual_template(processor: Any) -> str:

@@ -1,6 +1,7 @@
 """Options that several commands share, and the checks of their values."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -94,6 +95,22 @@ SeedOption = Annotated[
 
 MOST = 1_000_000
 """The largest number that an option counts with."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The model and how it answers, as the options of `alvts run` say it."""
+
+    model: str
+    device: str
+    dtype: str | None
+    selectors: str | None
+    keep: str | None
+    dense: bool
+    max_new_tokens: int
+    batch: int
+    trust_remote_code: bool
+    other_weights: bool
 
 
 def show_help(context: typer.Context) -> None:

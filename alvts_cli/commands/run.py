@@ -1,5 +1,7 @@
-"""`alvts run`: ask a question about images, or every question of a data set."""
+"""`alvts run`: ask a question about images, or every question of a data set, or talk about them."""
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +18,7 @@ from .options import (
     ModelOption,
     OtherWeightsOption,
     SelectorsOption,
+    Setup,
     TrustOption,
     check_keep,
     read_columns,
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
 
 
 EPILOG = (
+    'Example: alvts run --image alvts_cli/pocket/example.png --prompt "what digit is on the teal '
+    'cross?" --keep 0.11\n\n'
+    "On a terminal, without `--prompt`, it is a conversation about the images; `/help` there.\n\n"
     "`alvts run --data questions.jsonl --image-folder photos/ --out answers.parquet` answers a "
     "whole set, and goes on where it stopped when it is given again. " + SPREAD.format("run --data")
 )
@@ -40,7 +46,11 @@ def run(
         typer.Option(help="A picture, or a folder of some; repeat for several, all in one prompt."),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="What to ask; with --data, where a record does not say.")
+        str | None,
+        typer.Option(
+            help="What to ask; without one, on a terminal, a conversation. With --data, where a "
+            "record does not say."
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -77,12 +87,24 @@ def run(
     trust_remote_code: TrustOption = False,
     other_weights: OtherWeightsOption = False,
 ) -> None:
-    """Answer a question about one or more images, then say what it took; or answer all questions of
-    a data set."""
+    """Answer a question about one or more images, then say what it took; or talk about them; or
+    answer all questions of a data set."""
     _check_together(keep, selectors, dense, compare)
     check_keep(keep)
     if prompt is not None and not prompt.strip():
         raise typer.BadParameter("it is empty", param_hint="--prompt")
+    setup = Setup(
+        model,
+        device,
+        dtype,
+        selectors,
+        keep,
+        dense,
+        max_new_tokens,
+        batch or 8,
+        trust_remote_code,
+        other_weights,
+    )
     of_set = {
         "--out": out,
         "--image-folder": image_folder,
@@ -99,26 +121,19 @@ def run(
         told = read_columns(columns)
 
         from ..data import Source
-        from .run_data import Setup, answer_data
+        from .run_data import answer_data
 
-        setup = Setup(
-            model,
-            device,
-            dtype,
-            selectors,
-            keep,
-            dense,
-            max_new_tokens,
-            batch or 8,
-            trust_remote_code,
-            other_weights,
-        )
         source = Source(data, image_folder, told, split="test", prompt=prompt)
         answer_data(source, out, setup, samples, json_output)
         return
     for name, given in of_set.items():
         if given is not None:
             raise typer.BadParameter("it goes with --data only", param_hint=name)
+    if prompt is None and _talks() and not (compare or json_output):
+        from .run_chat import chat
+
+        chat(setup, image or [])
+        return
     if not image or prompt is None:
         missing = "--prompt" if image else "--image"
         raise typer.BadParameter("it is missing (or give --data)", param_hint=missing)
@@ -126,17 +141,15 @@ def run(
     import json
 
     from ..answer import answer, prepare, selectors_for
-    from ..data import pictures_in
+    from ..data import read_pictures
     from ..models import load_model
-    from ..prompts import read_image
     from ..terminal import console, say
 
-    files = [file for path in image for file in (pictures_in(path) if path.is_dir() else [path])]
-    pictures = [read_image(path) for path in files]
+    pictures = read_pictures(image)
     loaded = load_model(model, device, dtype, trust_remote_code)
     inputs = prepare(loaded, pictures, prompt, max_new_tokens)
     chosen = None if dense else selectors_for(loaded, selectors, other_weights)
-    _notice(loaded.processor.tokenizer, prompt, pictures)
+    notice(loaded.processor.tokenizer, prompt, pictures)
 
     stream = not (json_output or compare)
     if not compare:
@@ -166,7 +179,12 @@ def _check_together(keep: str | None, selectors: str | None, dense: bool, compar
             raise typer.BadParameter(f"it cannot go with {name}", param_hint="--dense")
 
 
-def _notice(tokenizer: Any, prompt: str, pictures: list[Any]) -> None:
+def _talks() -> bool:
+    """Whether a person sits at both ends."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def notice(tokenizer: Any, prompt: str, pictures: Sequence[Any]) -> None:
     """A line on stderr where pocket is asked about what it was never shown."""
     from ..pocket.notice import foreign_words, is_pocket, looks_rendered
 

@@ -17,26 +17,10 @@ from ..files import check_writable
 from ..models import find_selectors, load_model
 from ..spread import join
 from ..terminal import console, say
-from .options import print_skipped
+from .options import Setup, print_skipped
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-
-@dataclass(frozen=True)
-class Setup:
-    """The model and how it answers, as the options of `alvts run` say it."""
-
-    model: str
-    device: str
-    dtype: str | None
-    selectors: str | None
-    keep: str | None
-    dense: bool
-    max_new_tokens: int
-    batch: int
-    trust_remote_code: bool
-    other_weights: bool
 
 
 @dataclass(frozen=True)

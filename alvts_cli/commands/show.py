@@ -25,7 +25,9 @@ EPILOG = (
 
 
 def show(
-    image: Annotated[list[Path], typer.Option(help="A picture; repeat for several.")],
+    image: Annotated[
+        list[Path], typer.Option(help="A picture, or a folder of some; repeat for several.")
+    ],
     prompt: Annotated[str, typer.Option(help="What to ask.")],
     out: Annotated[
         Path,
@@ -61,17 +63,17 @@ def show(
         raise typer.BadParameter("it is empty", param_hint="--prompt")
 
     from ..answer import answer, prepare, selectors_for
+    from ..data import read_pictures
     from ..families import family_of
     from ..files import check_writable, write_whole
     from ..models import load_model
-    from ..prompts import read_image
     from ..show.page import to_page
     from ..show.png import to_png
     from ..show.trace import Shown, trace
     from ..terminal import say
 
     check_writable(out)
-    images = [read_image(path) for path in image]
+    images = read_pictures(image)
     loaded = load_model(model, device, dtype, trust_remote_code)
     inputs = prepare(loaded, images, prompt, max_new_tokens)
     chosen = selectors_for(loaded, selectors)

@@ -6,11 +6,12 @@ error and not a wrong answer, so whatever is not recognised is refused by name.
 
 import warnings
 from collections.abc import Iterator, Mapping
+from inspect import signature
 from typing import Any
 
 import transformers
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from ..errors import AlvtsError
 
@@ -39,6 +40,13 @@ def going_on(output: Any) -> dict[str, Any]:
     """The KV cache of a model's output, as the keyword argument that the next call takes it by."""
     # By its first name alone: 5.24 knows both, and warns of the old one.
     return next(({n: output[n]} for n in CACHE_NAMES if output.get(n) is not None), {})
+
+
+def new_cache(text_model: Any) -> dict[str, Any]:
+    """An empty KV cache for a decoder, as the keyword argument that calls take it by."""
+    taken = signature(text_model.forward).parameters
+    name = next(name for name in CACHE_NAMES if name in taken)
+    return {name: DynamicCache(config=text_model.config)}
 
 
 def check_layer_call(

@@ -12,7 +12,7 @@ from .attaching import (
     policy_of,
 )
 from .cache import SelectiveLayer, prepare_cache
-from .calls import cache_of
+from .calls import cache_of, new_cache
 from .carry import Carry
 from .flops import PrefillFlops, Selection, kv_bytes, kv_bytes_expected, prefill_flops
 from .forward import Chosen, Forward, Pieces, Scorer, Watch
@@ -59,6 +59,7 @@ __all__ = [
     "kv_bytes",
     "kv_bytes_expected",
     "make_pieces",
+    "new_cache",
     "paper_rank",
     "parse_policy",
     "policy_for",
