@@ -9,7 +9,7 @@
    - `checkpoint` keeps the finished layer, and the layer itself makes the next one's input.
 3. `carry` fits what skipped tokens are carried on with, and `policy` tries what keeps the most of
    the model's answers (`answers`).
-4. `run` puts it together into an `alvts_cli.artifact.Artifact`; `report` makes the tables.
+4. `run` puts it together into an `alvts_cli.artifact.Artifact`.
 
 Nothing in `alvts_cli.engine` knows of this package.
 """

@@ -16,10 +16,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from alvts_cli.artifact import LayerFit, pack_layer, unpack_layer
+from alvts_cli.artifact import pack_layer, unpack_layer
 from alvts_cli.engine import PaperSelector, Selector
 from alvts_cli.errors import AlvtsError
 from alvts_cli.files import read_text, write_whole
+from alvts_cli.header import LayerFit
 from alvts_cli.schema import parse_json
 
 

@@ -51,8 +51,8 @@ the adapter it started from 56 questions, 30 layers; the same number of tokens i
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from alvts_cli.artifact import Trial
 from alvts_cli.engine import NAMED, PAPER, Picked, Policy, Selectors
+from alvts_cli.header import Trial
 from alvts_cli.spread import Group
 
 from .answers import Answered, kept_answers

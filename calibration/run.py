@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from alvts_cli import __version__
-from alvts_cli.artifact import Artifact, CalibrationRecord, LayerFit, fingerprint
+from alvts_cli.artifact import Artifact, fingerprint
 from alvts_cli.data import Reader, Sample
 from alvts_cli.engine import Carry, default_carry_rank, default_rank, paper_rank
 from alvts_cli.engine.probe import check_layers
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of
+from alvts_cli.header import CalibrationRecord, LayerFit
 from alvts_cli.prompts import build_inputs
 from alvts_cli.spread import Group
 

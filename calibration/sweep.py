@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alvts_cli.artifact import LayerFit
 from alvts_cli.engine import Selector, resolve_keep
 from alvts_cli.engine.probe import attention_means, project
 from alvts_cli.engine.scoring import TextRows, asking
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import QueryKey, family_of
+from alvts_cli.header import LayerFit
 from alvts_cli.spread import Group
 
 from .align import Target, align, collate

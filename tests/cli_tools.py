@@ -8,15 +8,10 @@ from typing import Any
 import torch
 from typer.testing import CliRunner
 
-from alvts_cli.artifact import (
-    Artifact,
-    CalibrationRecord,
-    LayerFit,
-    fingerprint,
-    save_artifact,
-)
+from alvts_cli.artifact import Artifact, fingerprint, save_artifact
 from alvts_cli.bench.selectors import random_selectors
 from alvts_cli.cli import app
+from alvts_cli.header import CalibrationRecord, LayerFit
 from alvts_cli.pocket.build import make_model, make_processor
 from alvts_cli.pocket.scenes import make_scene, render, seed_of
 

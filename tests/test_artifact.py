@@ -14,19 +14,12 @@ from safetensors.torch import load, save
 from tiny import LAYERS, WIDTH, make_inputs, make_model, one_image
 
 from alvts_cli import AlvtsError, attach
-from alvts_cli.artifact import (
-    Artifact,
-    CalibrationRecord,
-    LayerFit,
-    Trial,
-    fingerprint,
-    load_artifact,
-    save_artifact,
-)
+from alvts_cli.artifact import Artifact, fingerprint, load_artifact, save_artifact
 from alvts_cli.engine import PAPER, Carry, LayerSelector, PaperSelector, Picked, Policy
 from alvts_cli.engine.paper import paper_importance
 from alvts_cli.engine.sizes import PLACES
 from alvts_cli.files import check_writable
+from alvts_cli.header import CalibrationRecord, LayerFit, Trial
 
 RANK, KEYS, UNITS = 5, 16, 6
 POLICY = Policy(every=2, quality=0.3, mass=True, carry=True)
@@ -489,7 +482,7 @@ def test_missing_and_misshapen_tensors(saved: Path) -> None:
     rewrite(saved, {k: v for k, v in tensors.items() if k != "fingerprint"}, metadata)
     assert "fingerprint" in refusal(saved)
     rewrite(saved, {**tensors, "layers.1.down": torch.ones(RANK, WIDTH + 1)}, metadata)
-    assert "layers.1.down is torch.float32 [5, 33], not floats [5, 32]" in refusal(saved)
+    assert "layers.1.down is float32 [5, 33], not floats [5, 32]" in refusal(saved)
     for odd in (torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn):
         rewrite(saved, {**tensors, "layers.1.down": torch.ones(RANK, WIDTH).to(odd)}, metadata)
         assert "layers.1.down" in refusal(saved)
@@ -500,7 +493,7 @@ def test_missing_and_misshapen_tensors(saved: Path) -> None:
         "outer": (UNITS,),
     }.items():
         rewrite(saved, {**tensors, f"layers.1.{name}": torch.ones(shape)}, metadata)
-        assert f"layers.1.{name} is torch.float32 {list(shape)}, not" in refusal(saved)
+        assert f"layers.1.{name} is float32 {list(shape)}, not" in refusal(saved)
 
 
 @pytest.mark.parametrize(

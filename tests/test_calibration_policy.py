@@ -5,11 +5,11 @@ import torch
 from calibration_tools import LAYERS, RANK, fast, make_processor, make_small, scenes
 from tiny import FAMILIES, make_inputs, make_model, make_selectors, one_image
 
-from alvts_cli.artifact import Trial
 from alvts_cli.engine import NAMED, PAPER, Policy, policy_for
 from alvts_cli.engine.carry import carried
 from alvts_cli.engine.normed import Normed
 from alvts_cli.families import family_of
+from alvts_cli.header import Trial
 from alvts_cli.prompts import build_inputs
 from calibration import calibrate
 from calibration.answers import answered, kept_answers

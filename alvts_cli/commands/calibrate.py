@@ -82,13 +82,14 @@ def calibrate(
     from calibration import Checkpoint, Settings, Source, Watch, read_data
     from calibration import calibrate as fit
     from calibration.policy import prefills
-    from calibration.report import POLICY_NOTE, fit_table, policy_table
 
-    from ..artifact import LayerFit, save_artifact
+    from ..artifact import save_artifact
     from ..files import check_writable, locked
+    from ..header import LayerFit
     from ..models import OURS, load_model
     from ..spread import join
     from ..terminal import console
+    from .fit_tables import POLICY_NOTE, fit_table, policy_table
 
     told = read_columns(columns)
     output = out or Path(f"{Path(model).name}.alvts.safetensors")
@@ -179,7 +180,7 @@ def calibrate(
         f"keep {k}; before: SVD alone"
     )
     if record.trials:
-        tables.print(policy_table(artifact))
+        tables.print(policy_table(record, artifact.picked))
         tables.print(POLICY_NOTE)
     size = output.stat().st_size
     tables.print(f"wrote {output} ({size:,} bytes)", soft_wrap=True)

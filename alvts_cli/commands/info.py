@@ -20,27 +20,31 @@ def info(
         typer.Option(help="Draw what each layer keeps, and where it chooses: .svg or .png."),
     ] = None,
 ) -> None:
-    """Print what an artifact was fitted for, on what, and how well."""
+    """Print what an artifact was fitted for, on what, and how well. Its tensors are not read."""
     check_plots(plot, None)
+
+    import warnings
 
     from rich.table import Table
 
-    from calibration.report import POLICY_NOTE, fit_table, policy_table
-
-    from ..artifact import load_artifact
+    from ..header import read_header
     from ..hub import selectors_file
     from ..terminal import console
+    from .fit_tables import POLICY_NOTE, fit_table, policy_table
 
     path = selectors_file(file)
-    artifact = load_artifact(path)
-    record = artifact.calibration
+    header = read_header(path)
+    if header.unknown:
+        warnings.warn(header.unknown_names(path), stacklevel=2)
+    told = header.metadata
+    record = told.calibration
     facts = {
-        "model": artifact.model_id + (f" @ {artifact.revision}" if artifact.revision else ""),
-        "family": artifact.family,
-        "selectors": f"{len(artifact.layers)} layers, rank {artifact.rank}, "
-        f"hidden size {artifact.hidden_size}, {artifact.dtype}"
-        + (", of the paper's form" if artifact.paper else ""),
-        "default keep": f"{artifact.default_keep:.3f}",
+        "model": told.model + (f" @ {told.revision}" if told.revision else ""),
+        "family": told.family,
+        "selectors": f"{told.num_layers} layers, rank {told.rank}, "
+        f"hidden size {told.hidden_size}, {header.dtype}"
+        + (", of the paper's form" if told.form == "paper" else ""),
+        "default keep": f"{told.default_keep:.3f}",
         "size": f"{path.stat().st_size:,} bytes",
         "data": record.data,
         "samples": f"{record.fitted} fitted, {record.held_out} held out",
@@ -56,9 +60,10 @@ def info(
     out.print(about)
     out.print(fit_table(record))
     if record.trials:
-        out.print(policy_table(artifact))
+        out.print(policy_table(record, told.picked))
         out.print(POLICY_NOTE)
     if plot is not None:
+        from ..artifact import load_artifact
         from ..plots.budget import plot_budget
 
-        plot_budget(artifact, path.name, plot)
+        plot_budget(load_artifact(path), path.name, plot)

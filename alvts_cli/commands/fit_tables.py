@@ -1,9 +1,12 @@
-"""The tables at the end of a calibration."""
+"""The tables about a calibration: at its end, and in `alvts info`. No torch here."""
+
+from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from alvts_cli.artifact import Artifact, CalibrationRecord
+from ..engine.policy import Picked
+from ..header import CalibrationRecord
 
 POLICY_NOTE = (
     "answers that are the dense model's own, token for token, and their loss (KL to the dense "
@@ -29,18 +32,18 @@ def fit_table(record: CalibrationRecord) -> Table:
     return table
 
 
-def policy_table(artifact: Artifact) -> Table:
+def policy_table(record: CalibrationRecord, picked: Sequence[Picked]) -> Table:
     """What every policy that was tried does to the answers, and which was picked."""
-    trials = artifact.calibration.trials
+    trials = record.trials
     table = Table("policy", box=SIMPLE_HEAD, pad_edge=False)
     keeps = sorted({trial.keep for trial in trials})
     for keep in keeps:
         table.add_column(f"keep\n{keep:.0%}", justify="right", no_wrap=True)
-    picked = {one.keep: one.policy for one in artifact.picked}
+    chosen = {one.keep: one.policy for one in picked}
     for policy in dict.fromkeys(trial.policy for trial in trials):
         cells = []
         for trial in (t for t in trials if t.policy == policy):
-            mark = "*" if picked.get(trial.keep) == policy else " "
+            mark = "*" if chosen.get(trial.keep) == policy else " "
             cells.append(f"{trial.same:.0%} ({trial.loss:.3f}){mark}")
         table.add_row(str(policy), *cells)
     return table
