@@ -117,16 +117,36 @@ def prefill_flops(
     return PrefillFlops(layers, scoring)
 
 
-def _mlp_flops(text_config: Any, layer: int) -> int:
-    """Of one token in a layer's MLP, the choice of its experts included."""
-    width = text_config.hidden_size
+@dataclass(frozen=True)
+class Mlp:
+    """The MLP of a layer.
+
+    Attributes:
+        size: numbers inside it or, where there are several, inside each expert.
+        experts: how many there are.
+        chosen: how many a token goes through.
+    """
+
+    size: int
+    experts: int = 1
+    chosen: int = 1
+
+
+def mlp_of(text_config: Any, layer: int) -> Mlp:
+    """That of one layer of a decoder."""
     experts = getattr(text_config, "num_experts", None) or 0
     step = getattr(text_config, "decoder_sparse_step", 1)
     plain = layer in (getattr(text_config, "mlp_only_layers", None) or ())
     if not experts or plain or (layer + 1) % step:
-        return int(6 * width * text_config.intermediate_size)
-    each = text_config.num_experts_per_tok * text_config.moe_intermediate_size
-    return int(6 * width * each + 2 * width * experts)
+        return Mlp(text_config.intermediate_size)
+    return Mlp(text_config.moe_intermediate_size, experts, text_config.num_experts_per_tok)
+
+
+def _mlp_flops(text_config: Any, layer: int) -> int:
+    """Of one token in a layer's MLP, the choice of its experts included."""
+    width, mlp = text_config.hidden_size, mlp_of(text_config, layer)
+    choice = 2 * width * mlp.experts if mlp.experts > 1 else 0
+    return int(6 * width * mlp.size * mlp.chosen + choice)
 
 
 def kv_bytes(cache: Any) -> int:

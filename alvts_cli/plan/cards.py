@@ -1,7 +1,8 @@
 """Machines: what they reach.
 
-A card's peaks are its maker's (`cards.json`, each with its source). What a program reaches of them
-is **assumed**, alike for all cards, and nowhere measured by this project:
+A card's peaks are its maker's: `cards.json` names the document, and the page on which its numbers
+were read, for the documents themselves could not be had here. What a program reaches of them is
+**assumed**, alike for all cards, and nowhere measured by this project:
 
 - matrix products get `MATMUL_SHARE` of the arithmetic: large ones in bfloat16 were seen at 79 % on
   an A100 and 75 % on a B200 (lists of measured cards), those of a layer are smaller;

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..bench.inputs import synthetic_inputs, usual_visual_tokens
 from ..bench.launches import KEEP, TEXT, VISUAL, Prompts, count_launches
-from ..engine.flops import head_size
+from ..engine.flops import head_size, mlp_of
 from ..engine.keep import Keep
 from ..engine.policy import NAMED, Policy
 from ..errors import AlvtsError
@@ -52,11 +52,15 @@ def describe(name: str, config: Any, policies: Mapping[str, Policy] = NAMED) -> 
         policies: to count the launches of, by name.
 
     Raises:
-        AlvtsError: its layers have experts, of which a batch reads more than a token does.
+        AlvtsError: some of its layers have experts and others none.
     """
     text = config.text_config
-    if has_experts(config):
-        raise AlvtsError(f"alvts plan does not know models with experts yet, as {name} is one")
+    mlp, *others = {mlp_of(text, i) for i in range(text.num_hidden_layers)}
+    if others:
+        raise AlvtsError(
+            f"alvts plan knows models whose layers are all alike; some of {name} have experts and "
+            "others none"
+        )
     counts = {
         policy: _counts(config, policy)
         for policy in {replace(policy, every=1) for policy in policies.values()}
@@ -64,7 +68,7 @@ def describe(name: str, config: Any, policies: Mapping[str, Policy] = NAMED) -> 
     return Shape(
         name=name,
         width=text.hidden_size,
-        mlp=text.intermediate_size,
+        mlp=mlp.size,
         layers=text.num_hidden_layers,
         heads=text.num_attention_heads,
         kv_heads=text.num_key_value_heads,
@@ -76,12 +80,9 @@ def describe(name: str, config: Any, policies: Mapping[str, Policy] = NAMED) -> 
         vision=_vision(config),
         # How often a policy chooses makes no other layers.
         counts={name: counts[replace(policy, every=1)] for name, policy in policies.items()},
+        experts=mlp.experts,
+        chosen=mlp.chosen,
     )
-
-
-def has_experts(config: Any) -> bool:
-    """Whether a token goes through a part of its layers' weights only."""
-    return bool(getattr(config.text_config, "num_experts", None))
 
 
 def describe_named(name: str) -> Shape:
@@ -133,7 +134,8 @@ def _counts(config: Any, policy: Policy) -> Counts:
 def _vision(config: Any) -> Vision:
     """The vision tower on one usual image.
 
-    Big tensors have no numbers, small ones that say how images lie do: some towers look.
+    Weights, and what follows from them, have no numbers; pixels and the small tensors that say how
+    images lie do: some towers look.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -144,21 +146,28 @@ def _vision(config: Any) -> Vision:
             setattr(module, name, torch.zeros(buffer.shape, dtype=buffer.dtype))
     like: Any = SimpleNamespace(config=config, dtype=torch.bfloat16, device=torch.device("cpu"))
     image = {
-        name: value.to("meta") if name == "pixel_values" else value
+        name: value
         for name, value in synthetic_inputs(like, 1, None, 2).items()
         if name not in ("input_ids", "attention_mask", "mm_token_type_ids")
     }
     tally, flops = _Tally(), FlopCounterMode(display=False)
     with torch.no_grad(), _Attention(tally), tally, flops:
         model.model.get_image_features(**image)
-    decoder = sum(one.numel() for one in model.model.language_model.parameters())
+    decoder = sum(one.numel() for one in family_of(config).text_model(model).parameters())
     head = 0 if config.text_config.tie_word_embeddings else model.lm_head.weight.numel()
     every = sum(one.numel() for one in model.parameters())
     return Vision(flops.get_total_flops() + tally.flops, every - decoder - head, tally.launches)
 
 
+_FEW = 2**22
+
+
 class _Tally(TorchDispatchMode):
-    """Counts operators on tensors without numbers, whatever else meets them."""
+    """Counts operators on tensors without numbers, whatever else meets them.
+
+    What is made of tensors with numbers, or of nothing, has numbers too where they are few: towers
+    ask for how images lie on the device of their weights.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -169,7 +178,10 @@ class _Tally(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if not any(map(_empty, tree_leaves((args, kwargs)))):
-            return func(*args, **kwargs)
+            made = func(*args, **kwargs)
+            if _empty(made) and made.numel() <= _FEW:
+                made = func(*args, **{**kwargs, "device": torch.device("cpu")})
+            return made
         args, kwargs = tree_map(
             lambda one: one.to("meta") if isinstance(one, Tensor) else one, (args, kwargs)
         )
@@ -207,10 +219,7 @@ def write_known(names: Sequence[str]) -> None:
     """
     models = json.loads(MODELS.read_text()) if MODELS.is_file() else {}
     for name in names:
-        config = shape_config(name)
-        if has_experts(config):
-            continue
-        models[name] = asdict(describe(name, config))
+        models[name] = asdict(describe(name, shape_config(name)))
         kept = {known: models[known] for known in SHAPES if known in models}
         write_whole(MODELS, f"{json.dumps(kept, indent=1)}\n".encode())
 

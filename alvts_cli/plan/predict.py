@@ -109,9 +109,13 @@ def longest_batch(case: Case, machine: Ceilings) -> int:
     """Prompts that can be prefilled at once and held; 0 where the weights alone do not fit.
 
     Beside weights and cache stand the widest moment of a layer (hidden states of all tokens a few
-    times over, and the MLP's three tensors of those that run), as in `memory.memory_need`.
+    times over, and the MLP's three tensors of those that run), as in `memory.memory_need`. Of the
+    tokens that go to experts there is a copy for each of these, three times over.
     """
     shape, one = case.shape, replace(case, batch=1)
-    widest = VALUE * (8 * case.tokens * shape.width + 3 * max(case.running) * shape.mlp)
+    inside = 3 * shape.mlp * shape.chosen
+    if shape.experts > 1:
+        inside += 3 * shape.width * shape.chosen
+    widest = VALUE * (8 * case.tokens * shape.width + max(case.running) * inside)
     free = (1 - SPARE) * machine.memory - VALUE * shape.parameters
     return max(0, int(free // (cache_bytes(one) + widest)))

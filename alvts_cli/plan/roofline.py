@@ -79,7 +79,8 @@ def _product(product: Product, machine: Ceilings) -> tuple[float, float]:
     """Seconds of arithmetic, and of memory."""
     activations = product.activations / at(machine.elementwise, product.activations / product.times)
     reading = product.weights / machine.bandwidth
-    return product.flops / at(machine.matmul, product.rows), max(activations, reading)
+    rate = at(machine.matmul, product.rows / product.shared)
+    return product.flops / rate, max(activations, reading)
 
 
 def _attention(attention: Attention, machine: Ceilings) -> tuple[float, float]:

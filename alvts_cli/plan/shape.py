@@ -85,12 +85,14 @@ class Shape:
 
     Attributes:
         name: as the user calls it.
-        width, mlp, layers, heads, kv_heads, head_dim, vocabulary: of the decoder.
+        width, mlp, layers, heads, kv_heads, head_dim, vocabulary: of the decoder; `mlp` is the
+            width inside its MLPs, or inside each expert.
         positions: tokens that it reads at most.
         parameters: all weights.
         visual_tokens: of one usual image.
         vision: tower.
         counts: by the name of a policy.
+        experts, chosen: MLPs of a layer, and how many of them a token goes through.
     """
 
     name: str
@@ -106,6 +108,8 @@ class Shape:
     visual_tokens: int
     vision: Vision
     counts: dict[str, Counts]
+    experts: int = 1
+    chosen: int = 1
 
 
 def known_shape(name: str) -> Shape | None:

@@ -5,6 +5,7 @@ together. Not counted: the norms' and activations' arithmetic (their bytes are),
 what a forward does beside its layers in a dense model too.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,7 @@ class Product:
 
     Attributes:
         weights: bytes of the right side that come from memory; 0 for activations.
+        shared: right sides of this size that the rows are shared among, as among experts.
     """
 
     rows: int
@@ -29,6 +31,7 @@ class Product:
     columns: int
     weights: int = 0
     times: int = 1
+    shared: int = 1
 
     @property
     def flops(self) -> int:
@@ -218,8 +221,24 @@ def _projections(shape: Shape, rows: int) -> tuple[Product, ...]:
     width, mlp = shape.width, shape.mlp
     queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     sizes = [(width, queries), (width, keys), (width, keys), (queries, width)]
-    sizes += [(width, mlp), (width, mlp), (mlp, width)]
-    return tuple(_weighted(rows, inner, columns) for inner, columns in sizes)
+    if shape.experts == 1:
+        sizes += [(width, mlp), (width, mlp), (mlp, width)]
+        return tuple(_weighted(rows, inner, columns) for inner, columns in sizes)
+    choice = [*sizes, (width, shape.experts)]
+    attention = tuple(_weighted(rows, inner, columns) for inner, columns in choice)
+    return (*attention, _experts(shape, rows, width, 2 * mlp), _experts(shape, rows, mlp, width))
+
+
+def _experts(shape: Shape, rows: int, inner: int, columns: int) -> Product:
+    """One of the products of experts, those of all tokens in one launch.
+
+    As many experts are read as are met on average, where each is as likely as any other: of fitted
+    routers that is assumed, who have been trained for it.
+    """
+    missed = (1 - shape.chosen / shape.experts) ** rows
+    met = math.ceil(shape.experts * (1 - missed))
+    weights = VALUE * met * inner * columns
+    return Product(rows * shape.chosen, inner, columns, weights, shared=met)
 
 
 def _scoring(case: Case, running: int) -> tuple[Product, ...]:
