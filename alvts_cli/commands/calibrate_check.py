@@ -1,0 +1,94 @@
+"""`alvts calibrate --check`: whether selectors still serve a model of other weights."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.progress import BarColumn, Progress, TextColumn
+
+from calibration import Source, Watch, read_data
+from calibration.check import check, recorded
+from calibration.report import CHECK_NOTE, check_table, verdict
+
+from ..artifact import load_artifact
+from ..files import check_writable, is_stdout, write_whole
+from ..hub import selectors_file
+from ..models import load_model
+from ..spread import join
+from ..terminal import console, say
+from .options import print_skipped
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is checked, as the options of `alvts calibrate` name it."""
+
+    model: str
+    device: str
+    dtype: str | None
+    trust_remote_code: bool
+
+
+def check_selectors(
+    named: str, subject: Subject, source: Source, samples: int, seed: int, json_file: Path | None
+) -> bool:
+    """Measure, print what came of it with the verdict as the last line, and return whether the
+    selectors still serve.
+
+    Args:
+        named: as `--selectors` takes it.
+        subject: the model.
+        source: of the samples.
+        samples: so many.
+        seed: of their choice.
+        json_file: where everything measured goes too, or None.
+
+    Raises:
+        AlvtsError: what `check`, loading and reading refuse, or a file that cannot be written.
+    """
+    if json_file is not None:
+        check_writable(json_file)
+    aside = json_file is not None and is_stdout(json_file)
+    path = selectors_file(named)
+    artifact = load_artifact(path)
+    recorded(artifact)
+    # Not the samples that calibration draws with this seed, as far as there are others.
+    reader = read_data(source, samples, (seed + 1) % 2**32)
+    group = join(subject.device)
+    loaded = load_model(subject.model, subject.device, subject.dtype, subject.trust_remote_code)
+    artifact.check_model(loaded.model, loaded.name, other_weights=True)
+    words = console(error=True)
+    words.quiet = not group.first
+    refused: list[str] = []
+    with Progress(
+        *(TextColumn("answers"), BarColumn(), TextColumn("{task.fields[done]}")),
+        console=words,
+        transient=True,
+        disable=not words.is_terminal or not group.first,
+    ) as progress:
+        task = progress.add_task("", total=samples, done="")
+        watch = Watch(
+            sample=lambda count: progress.update(
+                task, completed=count, done=f"{count} of {samples}"
+            ),
+            skipped=refused.append,
+        )
+        found = check(loaded.model, loaded.processor, artifact, reader, watch=watch, group=group)
+    if not group.first:
+        return found.serves
+    print_skipped(words, reader.skipped + refused)
+    if not found.other_weights:
+        words.print(f"note: these are the very weights that {path} was fitted on")
+    if found.data != found.data_then:
+        words.print(
+            f"note: {path} was measured on {found.data_then}, {loaded.name} on {found.data}: "
+            "not quite the same question"
+        )
+    out = console(aside)
+    out.print(check_table(found))
+    out.print(CHECK_NOTE)
+    say(verdict(found, str(path), loaded.name), error=aside)
+    if json_file is not None:
+        told = {"model": loaded.model_id, "selectors": str(path), **found.to_json()}
+        write_whole(json_file, f"{json.dumps(told, indent=1)}\n".encode())
+    return found.serves
