@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from alvts_cli.artifact import Artifact, Trial
+from alvts_cli.artifact import Artifact
 from alvts_cli.data import Reader, Sample
 from alvts_cli.engine.probe import check_layers
 from alvts_cli.errors import AlvtsError
 from alvts_cli.evaluate.bootstrap import Bootstrap, Interval
 from alvts_cli.families import family_of
+from alvts_cli.header import Trial
 from alvts_cli.prompts import build_inputs
 from alvts_cli.spread import Group
 

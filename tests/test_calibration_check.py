@@ -14,11 +14,11 @@ from test_calibration_command import small_folder
 
 from alvts_cli import AlvtsError
 from alvts_cli.artifact import Artifact, save_artifact
+from alvts_cli.commands.calibrate_check import verdict
 from alvts_cli.prompts import build_inputs
 from calibration import calibrate
 from calibration.answers import answered, kept_answers
 from calibration.check import chance_of_so_few, check, recorded
-from calibration.report import verdict
 
 COUNT = 16
 

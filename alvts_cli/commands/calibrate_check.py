@@ -4,11 +4,12 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
 
 from calibration import Source, Watch, read_data
-from calibration.check import check, recorded
-from calibration.report import CHECK_NOTE, check_table, verdict
+from calibration.check import CHANCE, LOSS, Check, check, recorded
 
 from ..artifact import load_artifact
 from ..files import check_writable, is_stdout, write_whole
@@ -17,6 +18,14 @@ from ..models import load_model
 from ..spread import join
 from ..terminal import console, say
 from .options import print_skipped
+
+CHECK_NOTE = (
+    "answers that are the dense model's own, token for token, and their loss (KL to the dense "
+    "model's, in nats), with 95 % intervals; then: as the file says of the weights it was fitted "
+    f"on; worse: fewer the same than chance explains (p < {CHANCE}), or all of the loss's interval "
+    f"above {LOSS:g} times the loss then"
+)
+"""What the figures of `check_table` are."""
 
 
 @dataclass(frozen=True)
@@ -92,3 +101,36 @@ def check_selectors(
         told = {"model": loaded.model_id, "selectors": str(path), **found.to_json()}
         write_whole(json_file, f"{json.dumps(told, indent=1)}\n".encode())
     return found.serves
+
+
+def check_table(found: Check) -> Table:
+    """What is kept of the answers at every keep ratio, then and now."""
+    table = Table("keep", box=SIMPLE_HEAD, pad_edge=False)
+    for column in ("same then", "same now", "loss then", "loss now", ""):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in found.held:
+        same, loss = one.same, one.loss
+        table.add_row(
+            f"{one.then.keep:.0%}",
+            f"{one.then.same:.0%}",
+            f"{same.value:.0%} ({same.low * 100:.0f}-{same.high * 100:.0f})",
+            f"{one.then.loss:.3f}",
+            f"{loss.value:.3f} ({loss.low:.3f}-{loss.high:.3f})",
+            "worse" if one.worse else "",
+        )
+    return table
+
+
+def verdict(found: Check, file: str, model: str) -> str:
+    """One line: whether the selectors in `file` still serve `model`, or are to be fitted again."""
+    worse = ", ".join(f"{one.then.keep:.0%}" for one in found.held if one.worse)
+    samples = found.held[0].samples
+    if not worse:
+        return (
+            f"verdict: {file} still serves {model}: at no keep ratio does it keep clearly less of "
+            f"the answers than on the weights it was fitted on ({samples} samples)"
+        )
+    return (
+        f"verdict: fit again: at keep {worse} {file} keeps less of what {model} answers than on "
+        f"the weights it was fitted on ({samples} samples); alvts calibrate --model {model}"
+    )

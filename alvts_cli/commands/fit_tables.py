@@ -8,21 +8,11 @@ from rich.table import Table
 from ..engine.policy import Picked
 from ..header import CalibrationRecord
 
-from .check import CHANCE, LOSS, Check
-
 POLICY_NOTE = (
     "answers that are the dense model's own, token for token, and their loss (KL to the dense "
     "model's, in nats), on samples that were not fitted; *: picked"
 )
 """What the figures of `policy_table` are."""
-
-CHECK_NOTE = (
-    "answers that are the dense model's own, token for token, and their loss (KL to the dense "
-    "model's, in nats), with 95 % intervals; then: as the file says of the weights it was fitted "
-    f"on; worse: fewer the same than chance explains (p < {CHANCE}), or all of the loss's interval "
-    f"above {LOSS:g} times the loss then"
-)
-"""What the figures of `check_table` are."""
 
 
 def fit_table(record: CalibrationRecord) -> Table:
@@ -57,36 +47,3 @@ def policy_table(record: CalibrationRecord, picked: Sequence[Picked]) -> Table:
             cells.append(f"{trial.same:.0%} ({trial.loss:.3f}){mark}")
         table.add_row(str(policy), *cells)
     return table
-
-
-def check_table(found: Check) -> Table:
-    """What is kept of the answers at every keep ratio, then and now."""
-    table = Table("keep", box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("same then", "same now", "loss then", "loss now", ""):
-        table.add_column(column, justify="right", no_wrap=True)
-    for one in found.held:
-        same, loss = one.same, one.loss
-        table.add_row(
-            f"{one.then.keep:.0%}",
-            f"{one.then.same:.0%}",
-            f"{same.value:.0%} ({same.low * 100:.0f}-{same.high * 100:.0f})",
-            f"{one.then.loss:.3f}",
-            f"{loss.value:.3f} ({loss.low:.3f}-{loss.high:.3f})",
-            "worse" if one.worse else "",
-        )
-    return table
-
-
-def verdict(found: Check, file: str, model: str) -> str:
-    """One line: whether the selectors in `file` still serve `model`, or are to be fitted again."""
-    worse = ", ".join(f"{one.then.keep:.0%}" for one in found.held if one.worse)
-    samples = found.held[0].samples
-    if not worse:
-        return (
-            f"verdict: {file} still serves {model}: at no keep ratio does it keep clearly less of "
-            f"the answers than on the weights it was fitted on ({samples} samples)"
-        )
-    return (
-        f"verdict: fit again: at keep {worse} {file} keeps less of what {model} answers than on "
-        f"the weights it was fitted on ({samples} samples); alvts calibrate --model {model}"
-    )
