@@ -16,7 +16,7 @@ from .errors import AlvtsError
 from .families import family_of
 from .models import Loaded, find_selectors
 from .prompts import build_inputs
-from .terminal import say
+from .terminal import note, say
 
 
 @dataclass(frozen=True)
@@ -95,13 +95,12 @@ def selectors_for(loaded: Loaded, named: str | None, other_weights: bool = False
     artifact = load_artifact(find_selectors(loaded, named))
     artifact = artifact.check_model(loaded.model, loaded.name, other_weights)
     if quantised(loaded.model):
-        say(
+        note(
             f"note: {loaded.name} is quantised; the selectors were fitted on {artifact.model_id}, "
-            "with more bits or not",
-            error=True,
+            "with more bits or not"
         )
     if artifact.other_weights:
-        say(f"note: {of_other_weights(artifact, loaded.name)}", error=True)
+        note(f"note: {of_other_weights(artifact, loaded.name)}")
     return artifact
 
 

@@ -8,6 +8,7 @@ line that makes no sense, 130 for Ctrl-C. torch is imported inside the commands,
 import io
 import os
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -17,26 +18,18 @@ import typer
 from typer.core import TyperGroup
 
 from . import __version__
-from .commands.bench import EPILOG, bench
-from .commands.calibrate import EPILOG as CALIBRATE_EPILOG
-from .commands.calibrate import calibrate
-from .commands.eval import EPILOG as EVAL_EPILOG
-from .commands.eval import evaluate
-from .commands.info import info
-from .commands.models import models
-from .commands.plan import plan
+from .commands import bench, calibrate, info, models, plan, push, run, serve, show
+from .commands import eval as evaluation
+from .commands.help import Command
+from .commands.options import show_help, with_levels
 from .commands.pocket import pocket
-from .commands.push import EPILOG as PUSH_EPILOG
-from .commands.push import push
-from .commands.run import EPILOG as RUN_EPILOG
-from .commands.run import run
-from .commands.serve import EPILOG as SERVE_EPILOG
-from .commands.serve import serve
-from .commands.show import EPILOG as SHOW_EPILOG
-from .commands.show import show
 from .commands.smol import smol
 from .errors import AlvtsError
-from .terminal import one_line, say
+from .terminal import note, one_line, say
+from .threads import limit_threads
+
+_interrupted = False
+"""Whether Ctrl-C was pressed."""
 
 
 class _Commands(TyperGroup):
@@ -54,6 +47,9 @@ class _Commands(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except Exception as error:
+            # Whatever a library has made of it: an import that was broken off, for one.
+            if _interrupted:
+                _end("interrupted", 130)
             if os.environ.get("ALVTS_DEBUG") == "1":
                 raise
             _end(*_explain(error))
@@ -86,7 +82,7 @@ def _prepare_streams() -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    say(f"warning: {one_line(str(message))}", error=True)
+    note(f"warning: {one_line(str(message))}")
 
 
 def _explain(error: Exception) -> tuple[str, int]:
@@ -119,10 +115,11 @@ def _end(message: str, code: int) -> NoReturn:
 app = typer.Typer(
     cls=_Commands,
     name="alvts",
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     help="Adaptive layer-wise visual token selection for vision-language models.",
+    epilog='Example: `alvts run --image x.jpg --prompt "What is in the picture?" --keep 0.11`',
 )
 
 
@@ -142,29 +139,38 @@ def _common(
         ),
     ] = False,
 ) -> None:
-    if context.invoked_subcommand is None:
-        print(context.get_help())
-    # Read when transformers is imported, by the command that needs it.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    show_help(context)
+    # Training and calibration give the same bytes again.
+    limit_threads(by_load=context.invoked_subcommand not in ("calibrate", "pocket", "smol"))
 
 
-app.command(epilog=RUN_EPILOG)(run)
-app.command(epilog=SHOW_EPILOG)(show)
-app.command(epilog=SERVE_EPILOG)(serve)
-app.command(epilog=EPILOG)(bench)
-app.command(epilog=CALIBRATE_EPILOG)(calibrate)
-app.command("eval", epilog=EVAL_EPILOG)(evaluate)
-app.command()(info)
-app.command()(models)
-app.command(epilog=PUSH_EPILOG)(push)
-app.command()(plan)
+for name, command, epilog in (
+    ("run", run.run, run.EPILOG),
+    ("show", show.show, show.EPILOG),
+    ("serve", serve.serve, serve.EPILOG),
+    ("bench", bench.bench, bench.EPILOG),
+    ("calibrate", calibrate.calibrate, calibrate.EPILOG),
+    ("eval", evaluation.evaluate, evaluation.EPILOG),
+    ("info", info.info, info.EPILOG),
+    ("models", models.models, models.EPILOG),
+    ("push", push.push, push.EPILOG),
+    ("plan", plan.plan, plan.EPILOG),
+):
+    app.command(name, cls=Command, epilog=epilog)(with_levels(command))
 app.add_typer(pocket, name="pocket")
 app.add_typer(smol, name="smol")
+
+
+def _interrupt(*_: Any) -> NoReturn:
+    global _interrupted
+    _interrupted = True
+    raise KeyboardInterrupt
 
 
 def main() -> None:
     """Entry point of the `alvts` script."""
     warnings.showwarning = _show_warning
+    # Not where it is ignored, as in the background of a script.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     app(prog_name="alvts")

@@ -1,9 +1,15 @@
-"""For all tests: one thread a process, since several processes share the cores; and what Hypothesis
-draws is the same every time, unless `--hypothesis-profile long` asks for more."""
+"""For all tests: one thread a process, since several processes share the cores; no lines of
+progress in this process, however busy the machine is; and what Hypothesis draws is the same every
+time, unless `--hypothesis-profile long` asks for more."""
 
+import math
 import os
 
 from hypothesis import HealthCheck, settings
+
+from alvts_cli import terminal
+
+terminal.NOW_AND_THEN = math.inf
 
 # Before torch is imported; processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

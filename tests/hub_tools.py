@@ -89,7 +89,7 @@ def at_hub(hub: Hub | None, home: Path, *commands: Sequence[object]) -> list[Res
         token = args.pop(0).removeprefix("token=") if named else TOKEN
         lines.append({"token": token, "args": args})
     words = [sys.executable, "-c", _SCRIPT, json.dumps(lines)]
-    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return [Result(*json.loads(line)) for line in done.stdout.splitlines()]
 

@@ -476,7 +476,7 @@ def _process(*args: str, shell: str = "", **more: Any) -> subprocess.CompletedPr
         ["bash", "-c", line, sys.executable, *map(_filled, args)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
         **more,
     )

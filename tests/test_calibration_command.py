@@ -176,7 +176,7 @@ def test_two_runs_for_one_file_do_not_mix(tmp_path: Path, monkeypatch: pytest.Mo
         if not lines:
             code = "from alvts_cli.cli import main; main()"
             line = [sys.executable, "-c", code, *map(str, command("--out", out))]
-            lines.append(subprocess.run(line, capture_output=True, text=True, timeout=120))
+            lines.append(subprocess.run(line, capture_output=True, text=True, timeout=600))
         return initialise(*args)
 
     monkeypatch.setattr("calibration.sweep.initialise", meanwhile)

@@ -1,15 +1,20 @@
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from cli_tools import alvts, model_folder, refused, scene_file
 
 import alvts_cli
+from alvts_cli import cli, terminal, threads
+from alvts_cli.bench.metrics import METRICS
+from alvts_cli.evaluate.gates import FIGURES
 from alvts_cli.pocket import WEIGHTS
 
 COMMAND = [sys.executable, "-m", "alvts_cli"]
@@ -17,7 +22,7 @@ COMMAND = [sys.executable, "-m", "alvts_cli"]
 
 def process(*args, **more):
     return subprocess.run(
-        [*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=120, **more
+        [*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=600, **more
     )
 
 
@@ -99,7 +104,7 @@ def test_failures_of_the_machine_are_one_line(error, words, monkeypatch):
 def test_a_full_disk_behind_stdout_is_one_line():
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(
-            [*COMMAND, "models"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120
+            [*COMMAND, "models"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=600
         )
     assert result.returncode == 1
     assert result.stderr == "error: No space left on device\n"
@@ -115,18 +120,161 @@ def test_an_interrupt_is_one_line(monkeypatch):
 
 @pytest.mark.skipif(os.name == "nt", reason="needs POSIX signals")
 def test_ctrl_c_ends_a_process_in_one_line():
-    args = ["bench", "--model", str(model_folder()), "--runs", "10000"]
+    args = ["bench", "--model", str(model_folder()), "--runs", "100000", "--verbose"]
     with subprocess.Popen(
         [*COMMAND, *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         # A job in the background of a script ignores SIGINT, and its children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as running:
-        time.sleep(6)
+        # It says so when it is at work, however long that takes here.
+        told = next(line for line in running.stderr if line.startswith("measuring: "))
+        assert " of 3" in told
         running.send_signal(signal.SIGINT)
-        out, err = running.communicate(timeout=60)
+        out, err = running.communicate()
     assert running.returncode == 130, err
     assert out == ""
     assert err.splitlines()[-1] == "error: interrupted"
+
+
+def test_ctrl_c_is_one_whatever_a_library_makes_of_it(monkeypatch):
+    def interrupted(*args):
+        try:
+            cli._interrupt()
+        except KeyboardInterrupt:
+            raise ImportError("half of it is missing") from None
+
+    monkeypatch.setattr(cli, "_interrupted", False)
+    monkeypatch.setattr("alvts_cli.header.read_header", interrupted)
+    assert refused("info", "x", code=130) == "error: interrupted"
+
+
+def commands():
+    """Every command and group under its words."""
+
+    def below(words, one):
+        yield words, one
+        for name, inner in getattr(one, "commands", {}).items():
+            yield from below((*words, name), inner)
+
+    return list(below((), typer.main.get_command(cli.app)))
+
+
+@pytest.mark.parametrize(
+    ("words", "command"), commands(), ids=[" ".join(words) for words, _ in commands()]
+)
+def test_every_help_has_an_example_that_is_a_command_line(words, command):
+    told = alvts(*words, "--help")
+    assert told.exit_code == 0 and "Example" in told.stdout
+    assert alvts(*words, "-h").stdout == told.stdout
+    lines = re.findall(r"`(alvts [^`]+)`", command.epilog)
+    assert any(shlex.split(line)[1 : 1 + len(words)] == list(words) for line in lines)
+    for line in lines:
+        one, args = typer.main.get_command(cli.app), shlex.split(line)[1:]
+        while hasattr(one, "commands"):
+            one = one.commands[args.pop(0)]
+        # Refuses what the command does not know.
+        one.make_context("alvts", args)
+
+
+def test_metrics_are_a_table():
+    for words in (("bench",), ("eval",)):
+        lines = [line.split() for line in alvts(*words, "--help").stdout.splitlines()]
+        names = METRICS if words == ("bench",) else FIGURES
+        assert [line[0] for line in lines if line and line[0] in names] == list(names)
+
+
+def test_quiet_leaves_notes_and_warnings_out(monkeypatch):
+    asked = ("--image", scene_file(), "--prompt", "is it a zebra?", "--max-new-tokens", 1)
+    usual = alvts("run", *asked)
+    assert "does not know these words: zebra" in usual.stderr
+    quiet = alvts("run", *asked, "--quiet")
+    assert quiet.exit_code == 0 and quiet.stderr == ""
+    # The times differ.
+    assert quiet.stdout.split(";")[0] == usual.stdout.split(";")[0]
+    assert "zebra" in alvts("run", *asked).stderr
+    assert "--quiet" in refused("models", "-q", "-v", code=2)
+    assert "there is no selector file" in refused("info", "x", "--quiet")
+
+
+def test_a_line_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr(terminal, "NOW_AND_THEN", 30.0)
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: now[0])
+
+    def steps(verbose):
+        terminal.set_level(False, verbose)
+        with terminal.bars(terminal.console(error=True)) as progress:
+            task = progress.add_task("layers", total=40)
+            for _ in range(40):
+                now[0] += 2
+                progress.advance(task)
+        return capsys.readouterr().err.splitlines()
+
+    lines = steps(verbose=False)
+    assert [line.split(",")[0] for line in lines] == ["layers: 15 of 40", "layers: 30 of 40"]
+    assert lines[1].endswith("about 20 s left")
+    assert len(steps(verbose=True)) == 40
+    terminal.set_level(True, False)
+    assert not terminal.console().quiet
+    with terminal.bars(terminal.console(error=True)) as progress:
+        now[0] += 1000
+        progress.advance(progress.add_task("layers", total=40))
+    assert capsys.readouterr().err == ""
+    terminal.set_level(False, False)
+
+
+def test_the_shell_completes_commands_options_and_models():
+    def completed(words):
+        env = {**os.environ, "_ALVTS_COMPLETE": "complete_bash", "COMP_WORDS": words}
+        env["COMP_CWORD"] = str(len(words.split(" ")) - 1)
+        done = subprocess.run([*COMMAND], env=env, capture_output=True, text=True, timeout=600)
+        return done.stdout.split()
+
+    assert completed("alvts cal") == ["calibrate"]
+    assert completed("alvts eval --keep") == ["--keep"]
+    assert completed("alvts bench --model qwen2.5") == ["qwen2.5-vl-3b", "qwen2.5-vl-7b"]
+
+
+@pytest.mark.parametrize(
+    ("cores", "files", "load", "expected"),
+    [
+        (8, {}, 0.2, None),
+        (8, {}, 3.4, "5"),
+        (8, {}, 40.0, "1"),
+        (8, {"cpu.max": "150000 100000"}, 0.0, "2"),
+        (8, {"cpu.max": "max 100000"}, 0.0, None),
+        (8, {"cpu.max": "what"}, 0.0, None),
+        (8, {"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 0.0, "3"),
+        (8, {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 1.0, "7"),
+        (1, {}, 9.0, None),
+    ],
+)
+def test_threads_are_the_free_cores(cores, files, load, expected, monkeypatch, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "_GROUPS", tmp_path)
+    monkeypatch.setattr(threads, "usable_cores", lambda: cores)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    threads.limit_threads(by_load=True)
+    assert os.environ.get("OMP_NUM_THREADS") == expected
+    # What the user says stays, and where bytes must be the same the load does not count.
+    monkeypatch.setenv("OMP_NUM_THREADS", "6")
+    threads.limit_threads(by_load=True)
+    assert os.environ["OMP_NUM_THREADS"] == "6"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    threads.limit_threads(by_load=False)
+    assert os.environ.get("OMP_NUM_THREADS") == (expected if files and load == 0 else None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+def test_threads_are_limited_before_torch_is_imported(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "limit_threads", lambda by_load: seen.append(by_load))
+    alvts("info", "x")
+    alvts("calibrate", "--samples", "0")
+    assert seen == [True, False]

@@ -194,7 +194,7 @@ def test_the_command_line_writes_the_score(scored: Path, folder: Path, tmp_path:
         command,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         # Else every thread of every test would fight for the cores.
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         check=False,

@@ -11,6 +11,7 @@ from ..bench.metrics import METRICS, parse_gate, parse_share
 from ..errors import AlvtsError
 from ..gates import Gate
 from ..methods import METHODS, check_method
+from .help import table
 from .options import (
     MOST,
     DeviceOption,
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
 
 TEXT_TOKENS = 64
 
-EPILOG = "Metrics for --gate: " + "; ".join(
-    f"{name} ({metric.about})" for name, metric in METRICS.items()
+EPILOG = (
+    'Example: `alvts bench --keep 64 --gate "prefill_speedup>=2"`; without weights '
+    "`alvts bench --model llava-1.5-7b --random-weights --layers 4`\n\n"
+    + table("metric", "what it is", {name: metric.about for name, metric in METRICS.items()})
 )
 
 _NO_PEERS = {
@@ -290,13 +293,10 @@ def bench(
 
 @contextmanager
 def _progress(console: "Console", steps: int) -> Iterator[Callable[[], None]]:
-    """A bar; on something else than a terminal nothing, not even the empty line it leaves there.
+    """A bar; gives what advances it by a step."""
+    from ..terminal import bars
 
-    Gives what advances it by a step.
-    """
-    from rich.progress import Progress
-
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with bars(console) as progress:
         task = progress.add_task("measuring", total=steps)
         yield lambda: progress.advance(task)
 

@@ -29,6 +29,8 @@ FITTED = 256
 CHECKED = 32
 
 EPILOG = (
+    "Example: `alvts calibrate --model llava-1.5-7b --data llava_v1_5_mix665k.json --image-folder "
+    "images/ --out llava.alvts.safetensors`\n\n"
     "`alvts calibrate --check base.alvts.safetensors --model my-tuned-model/` measures on "
     f"{CHECKED} samples whether selectors still serve a fine-tuned model or should be fitted "
     "again, and exits with 1 in the second case. " + SPREAD.format("calibrate")
@@ -118,7 +120,7 @@ def calibrate(
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
     from calibration import Checkpoint, Settings, Watch, read_data
     from calibration import calibrate as fit
@@ -129,7 +131,7 @@ def calibrate(
     from ..header import LayerFit
     from ..models import OURS, load_model
     from ..spread import join
-    from ..terminal import console
+    from ..terminal import bars, console
     from .fit_tables import POLICY_NOTE, fit_table, policy_table
 
     source = _source(data, image_folder, columns)
@@ -144,7 +146,7 @@ def calibrate(
     settings = Settings.paper(rank=rank, seed=seed) if paper else Settings(form, rank, seed=seed)
     reader = read_data(source, samples, seed)
     words = console(error=True)
-    words.quiet = not group.first
+    words.quiet = words.quiet or not group.first
     if resume and not checkpoint.found:
         done = f"; {output} is finished and will be replaced" if output.exists() else ""
         words.print(f"note: nothing to resume: there is no {checkpoint.folder}{done}")
@@ -155,14 +157,7 @@ def calibrate(
     tables.quiet = not group.first
     parts = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"))
     try:
-        with Progress(
-            *parts,
-            TimeRemainingColumn(),
-            console=words,
-            transient=True,
-            # Elsewhere than on a terminal it would leave an empty line.
-            disable=not words.is_terminal or not group.first,
-        ) as progress:
+        with bars(words, *parts, TimeRemainingColumn()) as progress:
             images = progress.add_task("images", total=samples, done="")
             layers = progress.add_task("layers", total=None, done="")
             carries = progress.add_task("carry", total=None, done="")

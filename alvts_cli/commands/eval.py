@@ -11,6 +11,7 @@ from ..errors import AlvtsError
 from ..evaluate.gates import FIGURES, parse_gate
 from ..evaluate.scoring import SCORINGS
 from ..methods import FITTED, METHODS, PAPER, check_method
+from .help import table
 from .options import (
     MOST,
     SPREAD,
@@ -38,10 +39,9 @@ if TYPE_CHECKING:
     from ..spread import Group
 
 EPILOG = (
-    "Figures for --gate: "
-    + "; ".join(f"{name} ({about})" for name, about in FIGURES.items())
-    + ". "
-    + SPREAD.format("eval")
+    "Example: `alvts eval --methods dense,alvts,fastv --keep 64,32 --samples 140 --gate "
+    '"alvts@64.retention>=97"`\n\n'
+    f"{SPREAD.format('eval')}\n\n{table('figure', 'what it is', FIGURES)}"
 )
 
 
@@ -167,7 +167,8 @@ def evaluate(
     # What goes to standard output is JSON alone where that is asked for.
     aside = json_file is not None and is_stdout(json_file)
     tables = _wide(console(aside))
-    words.quiet = tables.quiet = not group.first
+    tables.quiet = not group.first
+    words.quiet = words.quiet or tables.quiet
     text_model: Any = family_of(loaded.model).text_model(loaded.model)
     written, lines, passed = [], [], True
     for questions in sets:
@@ -344,18 +345,17 @@ def _with_progress(
     words: Any, plan: "Plan", questions: "DataSet", store: Any, group: "Group"
 ) -> Any:
     """Run a data set under a bar with the time left; the first process's steps stand for all."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
 
     from ..evaluate.run import evaluate as work
+    from ..terminal import bars
 
     batches = -(-len(questions.items) // plan.batch)
     name = TextColumn("{task.description}", markup=False)
     columns = (name, BarColumn(), MofNCompleteColumn(), Remaining())
     try:
-        # Where nobody watches, even a bar that goes away again leaves an empty line.
-        off = not words.is_terminal or not group.first
-        with Progress(*columns, console=words, transient=True, disable=off) as progress:
+        with bars(words, *columns) as progress:
             task = progress.add_task(questions.name, total=batches * (len(plan.runs) + 2))
             advance = partial(progress.advance, task)
             return work(plan, questions, store, lambda n: advance(n * group.size), group)
@@ -367,11 +367,10 @@ def _with_progress(
 
 def _timed(words: Any, plan: "Plan", questions: "DataSet", summary: "Summary") -> "Summary":
     """The summary with every method's prefill timed."""
-    from rich.progress import Progress
-
     from ..evaluate.times import steps, time_prefills, with_times
+    from ..terminal import bars
 
-    with Progress(console=words, transient=True, disable=not words.is_terminal) as progress:
+    with bars(words) as progress:
         task = progress.add_task("prefills in turns", total=steps(plan))
         return with_times(summary, time_prefills(plan, questions, lambda: progress.advance(task)))
 

@@ -7,6 +7,8 @@ import typer
 
 from .options import check_plots
 
+EPILOG = "Example: `alvts info llava-1.5-7b.alvts.safetensors --plot budget.svg`"
+
 
 def info(
     file: Annotated[

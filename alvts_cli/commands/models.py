@@ -2,6 +2,8 @@
 
 from contextlib import suppress
 
+EPILOG = "Example: `alvts models`"
+
 
 def models() -> None:
     """List the known models: name, family, hub id, and whether the weights are on this machine."""

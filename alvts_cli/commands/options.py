@@ -1,10 +1,13 @@
 """Options that several commands share, and the checks of their values."""
 
-from collections.abc import Sequence
+import inspect
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,8 +25,20 @@ class DType(StrEnum):
     float32 = "float32"
 
 
+def _known_models(incomplete: str) -> list[str]:
+    """For the shell's completion."""
+    from ..models import KNOWN
+
+    return [name for name in KNOWN if name.startswith(incomplete)]
+
+
 ModelOption = Annotated[
-    str, typer.Option("--model", help="A name (see `alvts models`), a hub id or a folder.")
+    str,
+    typer.Option(
+        "--model",
+        help="A name (see `alvts models`), a hub id or a folder.",
+        autocompletion=_known_models,
+    ),
 ]
 SelectorsOption = Annotated[
     str | None,
@@ -111,6 +126,47 @@ class Setup:
     batch: int
     trust_remote_code: bool
     other_weights: bool
+
+
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print results and errors, and nothing else.")
+]
+VerboseOption = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", help="Print what the libraries say, and more of the progress."),
+]
+
+
+def with_levels(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`command` with --quiet and --verbose, which are in force while it runs."""
+
+    @wraps(command)
+    def run(*args: Any, quiet: bool, verbose: bool, **kwargs: Any) -> Any:
+        from ..terminal import set_level
+
+        if quiet and verbose:
+            raise typer.BadParameter("it cannot go with --verbose", param_hint="--quiet")
+        # Read when the libraries are imported, by the command that needs them.
+        level = "info" if verbose else "error"
+        for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):
+            os.environ.setdefault(name, level)
+        if not verbose:
+            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        set_level(quiet, verbose)
+        return command(*args, **kwargs)
+
+    own = inspect.signature(command)
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=option)
+        for name, option in (("quiet", QuietOption), ("verbose", VerboseOption))
+    ]
+    run.__signature__ = own.replace(parameters=[*own.parameters.values(), *more])  # type: ignore[attr-defined]
+    run.__annotations__ = {
+        **command.__annotations__,
+        "quiet": QuietOption,
+        "verbose": VerboseOption,
+    }
+    return run
 
 
 def show_help(context: typer.Context) -> None:

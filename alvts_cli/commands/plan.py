@@ -14,6 +14,12 @@ WIDTH = 120
 """Columns of the tables where there is no terminal."""
 
 
+EPILOG = (
+    "Examples: `alvts plan --model llava-next-7b --keep 0.11 --on h100`; "
+    "`alvts plan --model qwen3-vl-8b --on this`"
+)
+
+
 def plan(
     model: ModelOption = "llava-1.5-7b",
     keep: KeepOption = None,

@@ -5,16 +5,27 @@ from typing import Annotated
 
 import typer
 
-from .options import MOST, DeviceOption, DTypeOption, SeedOption, TrustOption, show_help
+from .help import Command
+from .options import (
+    MOST,
+    DeviceOption,
+    DTypeOption,
+    SeedOption,
+    TrustOption,
+    show_help,
+    with_levels,
+)
 
 pocket = typer.Typer(
     callback=show_help,
     invoke_without_command=True,
     help="Train and score pocket, the small model that ships with alvts.",
+    epilog="Example: `alvts pocket score --easy 0`",
 )
 
 
-@pocket.command()
+@pocket.command(cls=Command, epilog="Example: `alvts pocket train --out my-pocket`")
+@with_levels
 def train(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder for the trained model.")],
@@ -24,7 +35,6 @@ def train(
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
-        Progress,
         TextColumn,
         TimeRemainingColumn,
     )
@@ -33,7 +43,7 @@ def train(
     from ..pocket.build import save_model
     from ..pocket.train import PHASES, Step
     from ..pocket.train import train as train_model
-    from ..terminal import console, say
+    from ..terminal import bars, console, say
 
     make_folder(out)
     context.with_resource(locked(out, "a training"))
@@ -44,7 +54,7 @@ def train(
         TextColumn("loss {task.fields[loss]:.3f}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console()) as bar:
+    with bars(console(error=True), *columns) as bar:
         tasks = {
             phase.name: bar.add_task(phase.name, total=phase.steps, loss=float("nan"))
             for phase in PHASES
@@ -58,7 +68,10 @@ def train(
     say(f"saved {out}")
 
 
-@pocket.command()
+@pocket.command(
+    cls=Command, epilog="Example: `alvts pocket score --model my-pocket --per-kind 20 --easy 0`"
+)
+@with_levels
 def score(
     model: Annotated[str, typer.Option(help="A pocket: `pocket`, or a folder.")] = "pocket",
     per_kind: Annotated[int, typer.Option(min=1, max=MOST, help="Held-out scenes per kind.")] = 100,

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 EPILOG = (
-    "Example: alvts push llava-1.5-7b.alvts.safetensors user/llava-1.5-7b-selectors; then, "
-    "anywhere: alvts run --model llava-1.5-7b --selectors user/llava-1.5-7b-selectors ..."
+    "Example: `alvts push llava-1.5-7b.alvts.safetensors user/llava-1.5-7b-selectors`; then, "
+    "anywhere, `--selectors user/llava-1.5-7b-selectors`."
 )
 
 

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 EPILOG = (
-    'Example: alvts run --image alvts_cli/pocket/example.png --prompt "what digit is on the teal '
-    'cross?" --keep 0.11\n\n'
+    'Example: `alvts run --image alvts_cli/pocket/example.png --prompt "what digit is on the teal '
+    'cross?" --keep 0.11`\n\n'
     "On a terminal, without `--prompt`, it is a conversation about the images; `/help` there.\n\n"
     "`alvts run --data questions.jsonl --image-folder photos/ --out answers.parquet` answers a "
     "whole set, and goes on where it stopped when it is given again. " + SPREAD.format("run --data")
@@ -191,16 +191,13 @@ def notice(tokenizer: Any, prompt: str, pictures: Sequence[Any]) -> None:
     if not is_pocket(tokenizer):
         return
     from ..prompts import MARKER
-    from ..terminal import say
+    from ..terminal import note
 
     words = foreign_words(tokenizer, prompt.replace(MARKER, " "))
     if words:
-        say(f"note: pocket does not know these words: {', '.join(words)}", error=True)
+        note(f"note: pocket does not know these words: {', '.join(words)}")
     if not all(looks_rendered(picture) for picture in pictures):
-        say(
-            "note: pocket knows rendered scenes only; its answer about this image is a guess",
-            error=True,
-        )
+        note("note: pocket knows rendered scenes only; its answer about this image is a guess")
 
 
 def _line(result: "Answer") -> str:

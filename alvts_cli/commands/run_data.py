@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from ..answer import selectors_for
 from ..artifact import fingerprint
@@ -16,7 +16,7 @@ from ..errors import AlvtsError
 from ..files import check_writable
 from ..models import find_selectors, load_model
 from ..spread import join
-from ..terminal import console, say
+from ..terminal import bars, console, say
 from .options import Setup, print_skipped
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def answer_data(source: Source, out: Path, setup: Setup, limit: int | None, as_j
         selectors = selectors_for(loaded, str(file), setup.other_weights)
     job = Job(loaded, selectors, setup.keep, setup.max_new_tokens, setup.batch, group)
     words = console(error=True)
-    words.quiet = not group.first
+    words.quiet = words.quiet or not group.first
     with closing(Journal(out, _facts(job, source, reader, file), group)) as journal:
         before = len(journal.lines)
         try:
@@ -89,9 +89,7 @@ def _with_progress(
     if total is not None and limit is not None:
         total = min(total, limit)
     columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    # Where nobody watches, even a bar that goes away again leaves an empty line.
-    off = not words.is_terminal or not job.group.first
-    with Progress(*columns, console=words, transient=True, disable=off) as progress:
+    with bars(words, *columns) as progress:
         task = progress.add_task("answers", total=total)
         return answer_all(
             job, reader, limit, journal, lambda n: progress.advance(task, n * job.group.size)

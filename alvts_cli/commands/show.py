@@ -19,8 +19,8 @@ KEEPS = ("0.5", "0.33", "0.22", "0.11", "0.05", "0.02")
 """Of a page where no --keep is given."""
 
 EPILOG = (
-    'Example: alvts show --image alvts_cli/pocket/example.png --prompt "what digit is on the teal '
-    'cross?" --out kept.html'
+    'Example: `alvts show --image alvts_cli/pocket/example.png --prompt "what digit is on the '
+    'teal cross?" --out kept.html`'
 )
 
 

