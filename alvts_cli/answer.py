@@ -17,6 +17,7 @@ from .families import family_of
 from .models import Loaded, find_selectors
 from .prompts import build_inputs
 from .terminal import note, say
+from .video import Video
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,11 @@ class Streamer(TextStreamer):
 
 
 def prepare(
-    loaded: Loaded, pictures: Sequence[Image.Image], prompt: str, max_new_tokens: int
+    loaded: Loaded,
+    pictures: Sequence[Image.Image],
+    prompt: str,
+    max_new_tokens: int,
+    videos: Sequence[Video] = (),
 ) -> dict[str, Tensor]:
     """Inputs on the model's device and in its dtype.
 
@@ -67,7 +72,7 @@ def prepare(
         AlvtsError: what `build_inputs` refuses; prompt and answer must fit the model together.
     """
     longest = longest_prompt(loaded, max_new_tokens)
-    inputs = build_inputs(loaded.processor, pictures, prompt, longest)
+    inputs = build_inputs(loaded.processor, pictures, prompt, longest, videos)
     return dict(inputs.to(loaded.model.device, loaded.model.dtype))
 
 

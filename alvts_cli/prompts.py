@@ -11,6 +11,7 @@ from transformers import BatchFeature
 
 from .errors import AlvtsError
 from .files import open_regular
+from .video import Video
 
 MARKER = "<image>"
 """Where an image stands in a prompt, in every family; without one, images come first."""
@@ -91,65 +92,89 @@ def read_image(source: Path | BinaryIO, name: str | None = None) -> Image.Image:
 
 
 def build_inputs(
-    processor: Any, images: Sequence[Image.Image], prompt: str, max_tokens: int | None = None
+    processor: Any,
+    images: Sequence[Image.Image],
+    prompt: str,
+    max_tokens: int | None = None,
+    videos: Sequence[Video] = (),
 ) -> BatchFeature:
-    """A user turn with `images` and `prompt`, ready for the model: a batch of one.
+    """A user turn with `images`, `videos` and `prompt`, ready for the model: a batch of one.
 
     The processor's chat template is used where there is one, else the family's usual prompt.
 
     Args:
         processor: of the model.
-        images: at least one, RGB.
+        images: RGB.
         prompt: the user's words. `<image>` (or the model's own placeholder) in it says where an
             image stands; without any, the images come first.
         max_tokens: what the model takes at most (`max_position_embeddings`).
+        videos: they stand behind the last image.
 
     Raises:
-        AlvtsError: no image, not as many places as images, a template without a place for
-            images or that fails, text that is not Unicode, or a prompt that is too long.
+        AlvtsError: neither image nor video, a model that takes no videos, not as many places as
+            images, a template without a place for them or that fails, text that is not Unicode,
+            or a prompt that is too long.
     """
-    if not images:
+    if not images and not videos:
         raise AlvtsError("give at least one image")
-    rendered = render(processor, [user_turn(processor, prompt, len(images))])
-    return process(processor, images, rendered, max_tokens)
+    if videos and getattr(processor, "video_token", None) is None:
+        raise AlvtsError("this model takes no videos; give images")
+    rendered = render(processor, [user_turn(processor, prompt, len(images), len(videos))])
+    return process(processor, images, rendered, max_tokens, videos)
 
 
-def user_turn(processor: Any, prompt: str, images: int) -> dict[str, Any]:
+def user_turn(processor: Any, prompt: str, images: int, videos: int = 0) -> dict[str, Any]:
     """What a user says, as chat templates take it.
 
     Args:
         processor: of the model.
         prompt: the user's words, with places for the images or without, as in `build_inputs`.
-        images: that go with them; 0 in a later turn.
+        images: how many go with them; none in a later turn.
+        videos: how many, behind the last image.
 
     Raises:
         AlvtsError: not as many places as images, or text that is not Unicode.
     """
     if re.search("[\ud800-\udfff]", prompt):
         raise AlvtsError("the prompt is not text: it holds bytes that are not UTF-8")
-    return {"role": "user", "content": _parts(prompt, processor.image_token, images)}
+    parts = _parts(prompt, processor.image_token, images)
+    behind = max((i + 1 for i, part in enumerate(parts) if part["type"] == "image"), default=0)
+    parts[behind:behind] = [{"type": "video"} for _ in range(videos)]
+    return {"role": "user", "content": parts}
 
 
 def process(
-    processor: Any, images: Sequence[Image.Image], rendered: str, max_tokens: int | None = None
+    processor: Any,
+    images: Sequence[Image.Image],
+    rendered: str,
+    max_tokens: int | None = None,
+    videos: Sequence[Video] = (),
 ) -> BatchFeature:
-    """A rendered conversation and its images, ready for the model: a batch of one.
+    """A rendered conversation, its images and its videos, ready for the model: a batch of one.
 
     Raises:
-        AlvtsError: not one place for each image, what the processor refuses, or more tokens than
-            `max_tokens`.
+        AlvtsError: not one place for each image and video, what the processor refuses, or more
+            tokens than `max_tokens`.
     """
-    token = processor.image_token
-    if rendered.count(token) != len(images):
-        raise AlvtsError("the chat template of this model's processor has no place for images")
+    for kind, these in {"image": images, "video": videos}.items():
+        if these and rendered.count(getattr(processor, f"{kind}_token")) != len(these):
+            raise AlvtsError(
+                f"the chat template of this model's processor has no place for {kind}s"
+            )
+    # All frames: they are those that were to be looked at.
+    more: dict[str, Any] = {}
+    if videos:
+        more = {"videos": [list(video.frames) for video in videos], "do_sample_frames": False}
+        more["video_metadata"] = [video.metadata for video in videos]
     bos = processor.tokenizer.bos_token
     try:
         inputs: BatchFeature = processor(
-            images=list(images),
+            images=list(images) or None,
             text=[rendered],
             return_tensors="pt",
             # Some templates write the first token themselves.
             add_special_tokens=not (bos and rendered.startswith(bos)),
+            **more,
         )
     # Whatever a processor out of a model's folder raises.
     except Exception as error:
@@ -192,8 +217,8 @@ def render(processor: Any, turns: Sequence[dict[str, Any]]) -> str:
     """
     own = getattr(processor, "chat_template", None)
     if not own and len(turns) == 1:
-        before, image, after = _turn(processor)
-        return before + "".join(part.get("text", image) for part in turns[0]["content"]) + after
+        before, _, after = _turn(processor)
+        return before + "".join(_words(processor, part) for part in turns[0]["content"]) + after
     try:
         return processor.apply_chat_template(
             list(turns),
@@ -229,6 +254,16 @@ def usual_template(processor: Any) -> str:
         "{% else %}{{ raise_exception('this model has no place for ' + message.role + ' turns') }}"
         "{% endif %}{% endfor %}"
     )
+
+
+def _words(processor: Any, part: dict[str, str]) -> str:
+    """A part of a turn, where there is no chat template."""
+    if part["type"] == "text":
+        return part["text"]
+    image = _turn(processor)[1]
+    if part["type"] == "video":
+        return image.replace(processor.image_token, processor.video_token)
+    return image
 
 
 def _turn(processor: Any) -> tuple[str, str, str]:

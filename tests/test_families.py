@@ -18,6 +18,7 @@ from zoo import KINDS, OLD, llava_config, make_zoo_model, text_config, zoo_input
 
 from alvts_cli import attach
 from alvts_cli.bench.inputs import synthetic_inputs
+from alvts_cli.bench.timing import generate
 from alvts_cli.engine import LayerSelector, Selection, cache_of, prefill_flops
 from alvts_cli.engine.probe import attention_means, check_layers, project
 from alvts_cli.engine.scene import Scene
@@ -296,6 +297,13 @@ def test_a_made_up_prompt_has_the_wanted_tokens(kind, visual):
 def test_families_without_made_up_prompts_are_named():
     with pytest.raises(AlvtsError, match="no images for ovis2; give --image"):
         synthetic_inputs(a_model("ovis2"), 1, None, 8)
+
+
+@each_kind
+def test_what_an_answer_takes_is_timed(kind):
+    model = a_model(kind)
+    made = generate(model, zoo_inputs(model, kind, video=kind in VIDEOS), 2)
+    assert made.vision_ms > 0 and made.prefill_ms > 0 and made.kv_bytes > 0
 
 
 def test_the_arithmetic_of_experts():

@@ -1,5 +1,7 @@
 """`alvts show`: what is noted, what is drawn, and what the command refuses."""
 
+import json
+from base64 import b64decode
 from io import BytesIO
 from types import SimpleNamespace
 
@@ -9,7 +11,17 @@ import torch
 from cli_tools import alvts, model_folder, refused, scene_file
 from PIL import Image, ImageColor
 from show_tools import LAYERS, WHOLE, answered, make_shown, make_trace, squares
-from tiny import FAMILIES, Prompt, make_inputs, make_model, make_selectors, one_image
+from tiny import (
+    FAMILIES,
+    VIDEO,
+    VISION_START,
+    Prompt,
+    make_inputs,
+    make_model,
+    make_selectors,
+    one_image,
+)
+from transformers import BatchFeature
 
 from alvts_cli.engine import Policy, attach
 from alvts_cli.families import View, family_of
@@ -128,6 +140,13 @@ def test_labels_tell_views_apart():
     assert alone.label(alone.views[0]) == ""
 
 
+def test_a_last_frame_without_another_is_named_alone():
+    frames = [Image.new("RGB", (8, 8)) for _ in range(3)]
+    view = View(0, WHOLE, torch.zeros(1, 1), (2, 3))
+    video = Shown("tiny", "?", [], [frames], [view], answered("", 1, 1), [])
+    assert video.label(view) == "frame 3"
+
+
 def test_importance_is_packed_within_a_tenth_of_a_percent():
     values = np.array([0, 1e-6, 0.02, 1, 3.7, 2880], dtype=np.float32)
     packed = steps(values).astype(float)
@@ -174,3 +193,108 @@ def test_a_command_line_that_makes_no_sense_is_refused(tmp_path):
     assert "cannot write" in refused(*shows(tmp_path / "no" / "x.png"))
     assert "no image" in refused(*shows(name, image=tmp_path / "no.png"))
     assert list(tmp_path.iterdir()) == []
+
+
+class Watching:
+    """A processor of Qwen2.5-VL's inputs: every two frames are an image to it, the first twice."""
+
+    image_token, video_token, chat_template = "<image>", "<video>", None
+    tokenizer = SimpleNamespace(
+        bos_token=None,
+        decode=lambda ids, skip_special_tokens: " ".join(map(str, ids.tolist())),
+        get_vocab=dict,
+    )
+
+    def __init__(self):
+        self.said, self.more = [], {}
+
+    def __call__(self, images, text, videos, return_tensors, **more):
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+            Qwen2VLImageProcessorPil,
+        )
+
+        assert images is None
+        self.said, self.more = text, more
+        image_processor = Qwen2VLImageProcessorPil(
+            patch_size=4, merge_size=2, size={"shortest_edge": 64, "longest_edge": 4096}
+        )
+        made = image_processor(videos[0][::2], return_tensors="pt")
+        (_, height, width), *_ = made["image_grid_thw"].tolist()
+        steps = len(videos[0][::2])
+        ids = [1, VISION_START, *[VIDEO] * (steps * height * width // 4), 5, 6]
+        ids = torch.tensor([ids])
+        return BatchFeature(
+            {
+                "input_ids": ids,
+                "attention_mask": torch.ones_like(ids),
+                "mm_token_type_ids": 2 * (ids == VIDEO).int(),
+                "pixel_values_videos": made["pixel_values"],
+                "video_grid_thw": torch.tensor([[steps, height, width]]),
+            }
+        )
+
+
+@pytest.fixture
+def watching(monkeypatch):
+    """The command runs on a tiny model that takes videos."""
+    processor = Watching()
+    loaded = Loaded("tiny", "tiny", None, make_model("qwen2_5_vl"), processor)
+    monkeypatch.setattr("alvts_cli.models.load_model", lambda *args: loaded)
+    monkeypatch.setattr(
+        "alvts_cli.answer.selectors_for", lambda *args: make_selectors("qwen2_5_vl")
+    )
+    return processor
+
+
+def films(out, video, *more):
+    return (
+        "show",
+        "--video",
+        video,
+        "--prompt",
+        "what?",
+        "--max-new-tokens",
+        2,
+        "--out",
+        out,
+        *more,
+    )
+
+
+def test_a_folder_of_frames_is_drawn(watching, tmp_path):
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for i in range(12):
+        Image.new("RGB", (32, 16), (20 * i, 0, 0)).save(folder / f"{i:02}.png")
+    out = tmp_path / "x.html"
+    result = alvts(*films(out, folder, "--keep", "0.25", "--frames", "5"))
+    assert result.exit_code == 0, result.output
+    assert watching.said == ["USER: <video>\nwhat? ASSISTANT:"]
+    assert watching.more["do_sample_frames"] is False
+    assert watching.more["video_metadata"][0]["frames_indices"] == [1, 3, 6, 8, 10]
+    data = json.loads(out.read_text().split('id="data">')[1].split("</script>")[0])
+    assert [view["label"] for view in data["views"]] == ["frames 1-2", "frames 3-4", "frame 5"]
+    # Under each step in time lies its first frame.
+    shown = [data["pictures"][view["picture"]] for view in data["views"]]
+    pictures = [Image.open(BytesIO(b64decode(url.split(",")[1]))) for url in shown]
+    assert [picture.getpixel((0, 0))[0] for picture in pictures] == [20, 120, 200]
+    png = tmp_path / "x.png"
+    assert alvts(*films(png, folder, "--keep", "0.25")).exit_code == 0
+    assert Image.open(png).width >= 1200
+
+
+def test_videos_that_cannot_be_shown(watching, tmp_path):
+    out = tmp_path / "x.png"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no pictures in the folder" in refused(*films(out, empty))
+    assert "there is no video" in refused(*films(out, tmp_path / "no.mp4"))
+    assert "--image: it is missing" in refused("show", "--prompt", "x", "--out", out, code=2)
+    assert "--frames" in refused(*films(out, empty, "--frames", "0"), code=2)
+
+
+def test_a_model_without_videos_says_so(tmp_path):
+    Image.new("RGB", (32, 16)).save(tmp_path / "a.png")
+    out = tmp_path / "x.html"
+    line = refused(*films(out, tmp_path, "--model", model_folder()))
+    assert "this model takes no videos" in line

@@ -14,6 +14,9 @@ from ..engine import Attachment, cache_of, kv_bytes
 from ..families import family_of
 from ..prompts import padding_token
 
+VISION = ("vision_tower", "visual", "vision_model", "image_tower", "video_tower")
+"""What the encoders of images are called, in one family or another."""
+
 PHASES = ("score", "select", "layer", "merge")
 """Of an `Attachment`, in their order."""
 
@@ -125,7 +128,7 @@ class _Watch:
         family = family_of(model)
         backbone: Any = family.backbone(model)
         self._text_model = family.text_model(model)
-        self._vision = getattr(backbone, "vision_tower", None) or backbone.visual
+        self._vision = [getattr(backbone, name) for name in VISION if hasattr(backbone, name)]
         self._cuda = model.device.type == "cuda"
         self._spans: list[tuple[str, Any, Any]] = []
         self._open: dict[str, Any] = {}
@@ -135,8 +138,8 @@ class _Watch:
     def watching(self, attachment: Attachment | None) -> Iterator[None]:
         """Hooks in, and out again whatever happens."""
         handles = [
-            self._vision.register_forward_pre_hook(lambda *_: self._begin("vision")),
-            self._vision.register_forward_hook(lambda *_: self._finish("vision")),
+            *(v.register_forward_pre_hook(lambda *_: self._begin("vision")) for v in self._vision),
+            *(v.register_forward_hook(lambda *_: self._finish("vision")) for v in self._vision),
             self._text_model.register_forward_pre_hook(lambda *_: self._begin("prefill")),
             self._text_model.register_forward_hook(self._after_text_model),
         ]

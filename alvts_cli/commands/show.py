@@ -10,6 +10,7 @@ from .options import (
     DeviceOption,
     DTypeOption,
     ModelOption,
+    OtherWeightsOption,
     SelectorsOption,
     TrustOption,
     check_keep,
@@ -20,19 +21,30 @@ KEEPS = ("0.5", "0.33", "0.22", "0.11", "0.05", "0.02")
 
 EPILOG = (
     'Example: `alvts show --image alvts_cli/pocket/example.png --prompt "what digit is on the '
-    'teal cross?" --out kept.html`'
+    'teal cross?" --out kept.html`\n\n'
+    "Of a video, for a model that takes some: `alvts show --model qwen2.5-vl-7b --video clip.mp4 "
+    '--prompt "what happens?" --out kept.html` (files need `alvts[video]`; a folder of frames does '
+    "not)."
 )
 
 
 def show(
-    image: Annotated[
-        list[Path], typer.Option(help="A picture, or a folder of some; repeat for several.")
-    ],
     prompt: Annotated[str, typer.Option(help="What to ask.")],
     out: Annotated[
         Path,
         typer.Option(help="Write here: .png for one picture of all layers, .html for a page."),
     ],
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(help="A picture, or a folder of some; repeat for several."),
+    ] = None,
+    video: Annotated[
+        Path | None,
+        typer.Option(help="A video, or a folder of its frames; for models that take videos."),
+    ] = None,
+    frames: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Of --video to look at, evenly spaced.")
+    ] = 8,
     model: ModelOption = "pocket",
     selectors: SelectorsOption = None,
     keep: Annotated[
@@ -46,6 +58,7 @@ def show(
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
     trust_remote_code: TrustOption = False,
+    other_weights: OtherWeightsOption = False,
 ) -> None:
     """Draw which visual tokens each layer keeps, and the answers with all and with them.
 
@@ -59,6 +72,8 @@ def show(
         )
     for value in keeps:
         check_keep(value)
+    if not image and video is None:
+        raise typer.BadParameter("it is missing (or give --video)", param_hint="--image")
     if not prompt.strip():
         raise typer.BadParameter("it is empty", param_hint="--prompt")
 
@@ -71,18 +86,22 @@ def show(
     from ..show.png import to_png
     from ..show.trace import Shown, trace
     from ..terminal import say
+    from ..video import read_video
 
     check_writable(out)
-    images = read_pictures(image)
+    images = read_pictures(image or ())
+    videos = [] if video is None else [read_video(video, frames)]
     loaded = load_model(model, device, dtype, trust_remote_code)
-    inputs = prepare(loaded, images, prompt, max_new_tokens)
-    chosen = selectors_for(loaded, selectors)
+    inputs = prepare(loaded, images, prompt, max_new_tokens, videos)
+    chosen = selectors_for(loaded, selectors, other_weights)
     sizes = [picture.size for picture in images]
-    views = family_of(loaded.model).layout(loaded.model, loaded.processor, inputs, sizes)
+    views = family_of(loaded.model).layout(
+        loaded.model, loaded.processor, inputs, sizes, [one.frames[0].size for one in videos]
+    )
     dense = answer(loaded, inputs, None, None, max_new_tokens, False)
     traces = [trace(loaded, inputs, chosen, k, max_new_tokens) for k in dict.fromkeys(keeps)]
     traces.sort(key=lambda one: one.answer.visual_tokens_kept)
-    shown = Shown(loaded.name, prompt, images, [], views, dense, traces)
+    shown = Shown(loaded.name, prompt, images, [one.frames for one in videos], views, dense, traces)
     data = to_page(shown) if page else to_png(shown, traces[0])
     write_whole(out, data)
     for one in traces:

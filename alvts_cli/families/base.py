@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import AlvtsError
 from .layer import QueryKey, describe
-from .layout import View, layout
+from .layout import Prompt, View, frame_views, grids, image_views
 
 CAUSAL = "causal"
 
@@ -25,6 +25,8 @@ class Family:
         mask: `CAUSAL` where a token sees itself and all before it, whatever these are; else what is
             different, which no check can see and for which the family is refused.
         decoder: name of the decoder in the module whose forward sees `input_ids`.
+        around_frames: how many of the visual tokens lie nowhere: in front of each frame of a video
+            (such as a class token), and behind each video.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Family:
     visual_token_ids: tuple[str, ...]
     mask: str
     decoder: str = "language_model"
+    around_frames: tuple[int, int] = (0, 0)
 
     def backbone(self, model: Any) -> nn.Module:
         """The module whose forward sees `input_ids`."""
@@ -59,7 +62,12 @@ class Family:
         return describe(layer)
 
     def layout(
-        self, model: Any, processor: Any, inputs: Mapping[str, Tensor], sizes: Sequence[Any]
+        self,
+        model: Any,
+        processor: Any,
+        inputs: Mapping[str, Tensor],
+        sizes: Sequence[tuple[int, int]],
+        videos: Sequence[tuple[int, int]] = (),
     ) -> tuple[View, ...]:
         """Where in the pictures the visual tokens lie; those in no view lie nowhere.
 
@@ -68,11 +76,23 @@ class Family:
             processor: that made the inputs.
             inputs: of one prompt.
             sizes: width and height of every image in it, in pixels.
+            videos: of the frames of every video, likewise.
 
         Raises:
             AlvtsError: not known for this prompt.
         """
-        return layout(self.name, model, processor, inputs, sizes)
+        prompt = Prompt(self.name, model, processor, inputs, sizes, videos)
+        if "image_grid_thw" in inputs or "video_grid_thw" in inputs:
+            return tuple(grids(prompt))
+        return (*self.image_views(prompt), *self.frame_views(prompt))
+
+    def image_views(self, prompt: Prompt) -> list[View]:
+        """Of the images of a prompt; the same errors."""
+        return image_views(prompt)
+
+    def frame_views(self, prompt: Prompt) -> list[View]:
+        """Of the frames of its videos; the same errors."""
+        return frame_views(prompt, *self.around_frames)
 
     def check(self, model: Any) -> None:
         """Refuse what the method cannot run on.

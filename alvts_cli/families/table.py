@@ -15,10 +15,11 @@ FAMILIES: tuple[Family, ...] = (
     Family("LLaVA", ("llava",), IMAGE, CAUSAL),
     # CLIP over tiles of the image: up to 2,880 tokens.
     LlavaNext("LLaVA-NeXT", ("llava_next",), IMAGE, CAUSAL),
-    Family("LLaVA-NeXT-Video", ("llava_next_video",), BOTH, CAUSAL),
-    Family("LLaVA-OneVision", ("llava_onevision",), BOTH, CAUSAL),
+    LlavaNext("LLaVA-NeXT-Video", ("llava_next_video",), BOTH, CAUSAL),
+    # A token behind each video.
+    LlavaNext("LLaVA-OneVision", ("llava_onevision",), BOTH, CAUSAL, around_frames=(0, 1)),
     Family("VipLLaVA", ("vipllava",), IMAGE, CAUSAL),
-    Family("Video-LLaVA", ("video_llava",), BOTH, CAUSAL),
+    Family("Video-LLaVA", ("video_llava",), BOTH, CAUSAL, around_frames=(1, 0)),
     # Images and videos of any size, 3-D positions.
     Family("Qwen2-VL", ("qwen2_vl",), BOTH, CAUSAL),
     Family("Qwen2.5-VL", ("qwen2_5_vl",), BOTH, CAUSAL),
@@ -36,7 +37,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("PerceptionLM", ("perception_lm",), BOTH, CAUSAL),
     Family("PaddleOCR-VL", ("paddleocr_vl",), IMAGE, CAUSAL),
     # Adds features in front of some layers, as Qwen3-VL does behind them.
-    Family("Granite 4 Vision", ("granite4_vision",), IMAGE, CAUSAL),
+    LlavaNext("Granite 4 Vision", ("granite4_vision",), IMAGE, CAUSAL),
     Family("Gemma 3", ("gemma3",), IMAGE, "the tokens of an image see each other"),
     Family("PaliGemma", ("paligemma",), IMAGE, "the image and the question see each other"),
     Family("Molmo 2", ("molmo2",), IMAGE, "all image tokens see each other"),

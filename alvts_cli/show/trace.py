@@ -73,6 +73,8 @@ class Shown:
         """What tells a view from the others; empty where there are none."""
         if view.frames is not None:
             first, last = view.frames
+            # A video of an odd number of frames ends with one that is seen twice.
+            last = min(last, len(self.videos[view.picture]) - 1)
             parts = [f"frames {first + 1}-{last + 1}" if last > first else f"frame {first + 1}"]
             if len(self.videos) > 1:
                 parts.insert(0, f"video {view.picture + 1}")
