@@ -101,12 +101,14 @@ def load_model(
         name: one of `KNOWN`, a hub id, or a folder in `save_pretrained` layout.
         device: "auto" (CUDA if there is one, else the CPU), or what torch knows it by.
         dtype: one of `DTYPES`. None: float32 for a small model; else the checkpoint's own on a
-            GPU, and on a CPU bfloat16 where the CPU computes in it, float32 where not.
+            GPU, and on a CPU bfloat16 where the CPU computes in it, float32 where not. Of a
+            quantised model always the checkpoint's own.
         trust_remote_code: run code that the model brings with it; without, none is ever run.
 
     Raises:
-        AlvtsError: no such model, an unknown architecture, no network and nothing cached, a
-            broken folder, an unknown device or dtype, or not enough memory.
+        AlvtsError: no such model, an unknown architecture, quantised weights that cannot be read,
+            no network and nothing cached, a broken folder, an unknown device or dtype, or not
+            enough memory.
     """
     place = parse_device(device)
     asked = None if dtype is None else parse_dtype(dtype)
@@ -120,7 +122,8 @@ def load_model(
     from transformers.utils import logging
 
     from .families import family_of
-    from .memory import count_parameters, memory_need, require_memory
+    from .families.quantised import check_quantised, quantised_by
+    from .memory import count_parameters, memory_need, prefill_need, require_memory
 
     if trust := trust_remote_code:
         warnings.warn(f"code that {name} brings with it will be run", stacklevel=2)
@@ -134,8 +137,17 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(model_id, **more)
         family_of(config)
+        check_quantised(config)
         precision = asked or _default_dtype(config, place, count_parameters(config, trust))
-        require_memory(name, memory_need(config, precision, trust_remote_code=trust), place)
+        need = memory_need(config, precision, trust_remote_code=trust)
+        method = quantised_by(config)
+        if method == "compressed-tensors":
+            config.quantization_config["dequantize"] = True
+        elif method is not None:
+            # Of one that is still to be fetched, there is no telling what its weights take.
+            folder = Path(model_id) if local else cached_folder(model_id)
+            need = prefill_need(config, precision, 1024, 1) + _stored(folder)
+        require_memory(name, need, place)
         revision = getattr(config, "_commit_hash", None)
         if revision is not None:
             # The weights of the very commit whose config was checked.
@@ -305,11 +317,22 @@ def first_line(error: BaseException) -> str:
 def _default_dtype(config: Any, device: "torch.device", parameters: int) -> "torch.dtype":
     import torch
 
+    from .families.quantised import quantised_by
+
+    if quantised_by(config) is not None:
+        # Which its kernels may not do without.
+        return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     if parameters < _SMALL:
         return torch.float32
     if device.type == "cpu":
         return torch.bfloat16 if cpu_computes_bfloat16() else torch.float32
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+
+
+def _stored(folder: Path | None) -> int:
+    """Bytes of the weights in a model's folder; 0 without one."""
+    files = [] if folder is None else folder.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
 
 
 def _ask_hub(hub_id: str) -> None:

@@ -116,8 +116,10 @@ def describe(layer: Any) -> QueryKey:
 
 def is_quantised(projection: Any) -> bool:
     """Whether the weight of a projection is not a plain matrix of floats."""
-    weight = projection.weight
-    return not torch.is_floating_point(weight) or hasattr(weight, "tensor_data_names")
+    weight = getattr(projection, "weight", None)
+    if weight is None or hasattr(weight, "tensor_data_names"):
+        return True
+    return weight.dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @torch.no_grad()
@@ -125,31 +127,38 @@ def matrix_of(projection: Any) -> Tensor:
     """The weight of a projection, `[out, in]`; of a quantised one, what its library makes of it.
 
     Raises:
-        AlvtsError: it is quantised by a library other than bitsandbytes and torchao.
+        AlvtsError: it is quantised in a way that is not known.
     """
-    weight: Any = projection.weight
+    weight: Any = getattr(projection, "weight", None)
     if not is_quantised(projection):
         plain: Tensor = weight
         return plain
-    if type(weight).__name__ in ("Params4bit", "Int8Params"):
-        # By what it does to every unit vector: on a CPU the 4 bits are packed anew at the first
-        # forward, and the library's own functions then read nonsense.
-        half = type(weight).__name__ == "Int8Params"
-        dtype = torch.float16 if half else torch.float32
-        made: Tensor = projection(
-            torch.eye(projection.in_features, device=weight.device, dtype=dtype)
-        )
-        made = made if projection.bias is None else made - projection.bias
-        return made.T
+    # On a CPU, bitsandbytes packs its 4 bits anew at the first forward, and the library's own
+    # functions then read nonsense.
+    if type(weight).__name__ == "Params4bit":
+        return _by_unit_vectors(projection, torch.float32)
+    if type(weight).__name__ == "Int8Params":
+        return _by_unit_vectors(projection, torch.float16)
     # torchao's tensors; one of torch itself has a method of that name, too, which fails.
     if hasattr(weight, "tensor_data_names"):
-        whole: Tensor = weight.dequantize()
-        return whole
+        try:
+            whole: Tensor = weight.dequantize()
+            return whole
+        except NotImplementedError:
+            # Packed for a kernel.
+            return _by_unit_vectors(projection, weight.dtype)
     raise AlvtsError(
         f"the query and key projections are quantised ({type(projection).__name__}) and cannot be "
-        "read; load the model in bfloat16, float16 or float32, or quantise it with bitsandbytes or "
-        "torchao"
+        "read; load the model in bfloat16, float16 or float32 (of compressed-tensors with "
+        "CompressedTensorsConfig(dequantize=True)), or quantise it with bitsandbytes or torchao"
     )
+
+
+def _by_unit_vectors(projection: Any, dtype: torch.dtype) -> Tensor:
+    """The matrix `[out, in]` of a projection by what it does to every unit vector of `dtype`."""
+    units = torch.eye(projection.in_features, device=projection.weight.device, dtype=dtype)
+    made: Tensor = projection(units)
+    return (made if projection.bias is None else made - projection.bias).T
 
 
 def norm_eps(norm: Any) -> float:
