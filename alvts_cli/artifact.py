@@ -124,6 +124,14 @@ class Artifact:
             raise AlvtsError(f"cannot make {folder}: {error.strerror or error}") from error
         save_artifact(self, Path(folder) / FILE)
 
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Artifact":
+        """The same, its tensors there and in that precision."""
+        return replace(
+            self,
+            layers=tuple(layer.to(device, dtype) for layer in self.layers),
+            carries=tuple(carry.to(device, dtype) for carry in self.carries),
+        )
+
     def check_model(
         self, model: Any, model_id: str | None = None, other_weights: bool = False
     ) -> "Artifact":

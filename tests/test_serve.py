@@ -61,7 +61,7 @@ def serving(sources: Sources = Sources(), unload_after: int | None = None) -> It
 
     from alvts_cli.serve.app import Models, make_app
 
-    models = Models("pocket", read, unload_after=unload_after)
+    models = Models("pocket", read, None, unload_after)
     with create_server(("127.0.0.1", 0)) as socket:
         server = uvicorn.Server(uvicorn.Config(make_app(models, sources), log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]})
@@ -177,7 +177,7 @@ _PART = {"type": "image_url", "image_url": {"url": URL, "detail": "high"}}
         ({"url": _bomb}, "million pixels"),
         ({"url": EXAMPLE.as_uri()}, "does not give out"),
         ({"url": "http://127.0.0.1:1/latest/meta-data"}, "does not fetch"),
-        ({"url": "http://["}, "no URL"),
+        ({"url": "http://["}, "needs a URL"),
         ({"url": str(EXAMPLE)}, "needs a URL"),
         ({"extra_body": {"keep": -1}}, "keep"),
         ({"extra_body": {"keep": -1}, "stream": True}, "keep"),

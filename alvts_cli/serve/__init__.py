@@ -19,13 +19,13 @@ def require_serving() -> None:
     import transformers
 
     try:
-        import fastapi, openai, pydantic, uvicorn  # noqa: E401, F401, I001
-    except ImportError as error:
-        install = "pip install 'alvts[serve]'"
-        raise AlvtsError(f"the server needs {error.name}; run: {install}") from None
-    try:
+        import uvicorn  # noqa: F401
+
         from . import app  # noqa: F401
     except (ImportError, AttributeError) as error:
+        name = error.name or ""
+        if isinstance(error, ModuleNotFoundError) and not name.startswith("transformers"):
+            raise AlvtsError(f"the server needs {name}; run: pip install 'alvts[serve]'") from None
         raise AlvtsError(
             f"the server of transformers {transformers.__version__} is not one that alvts knows: "
             f"{error}"

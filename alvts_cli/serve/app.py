@@ -5,11 +5,11 @@ import asyncio
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from inspect import signature
 from time import sleep
+from types import SimpleNamespace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import JSONResponse
@@ -20,7 +20,7 @@ from transformers.cli.serving.server import build_server
 from transformers.cli.serving.utils import GenerationState
 
 from ..artifact import Artifact
-from ..engine import Attachment, attach, keep_of
+from ..engine import attach, keep_of
 from ..errors import AlvtsError
 from ..families import family_of
 from ..models import Loaded, first_line
@@ -41,16 +41,18 @@ _KNOWN = (
 )
 
 
-class Models(ModelManager):
-    """Holds one model with its selectors, and brings back both after they were unloaded."""
+Read = Callable[[], tuple[Loaded, Artifact]]
 
-    def __init__(
-        self,
-        name: str,
-        read: Callable[[], tuple[Loaded, Artifact]],
-        keep: str | None = None,
-        unload_after: int | None = None,
-    ) -> None:
+
+class Models(ModelManager):
+    """Holds one model with its selectors, and brings it back after it was unloaded.
+
+    Attributes:
+        keep: of requests that name none.
+        selectors: of the model, where it is and in its dtype.
+    """
+
+    def __init__(self, name: str, read: Read, keep: str | None, unload_after: int | None) -> None:
         """Load the model.
 
         Args:
@@ -65,12 +67,11 @@ class Models(ModelManager):
         """
         self.keep = keep
         self._read = read
-        self._fresh: Any = None
-        self._selectors: WeakKeyDictionary[Any, Artifact] = WeakKeyDictionary()
         super().__init__(model_timeout=unload_after or -1)
         # Not at the start: transformers never unloads a model that it was pinned to there.
         self.force_model: str = name
-        keep_of(self.selectors_of(self.load()[0]), keep)
+        self.load()
+        keep_of(self.selectors, keep)
 
     def load(self) -> tuple[Any, Any]:
         """The model and its processor; the time until they are unloaded starts anew."""
@@ -80,10 +81,6 @@ class Models(ModelManager):
                 return model, processor
             # It is being unloaded at this moment.
             sleep(0.05)
-
-    def selectors_of(self, model: Any) -> Artifact:
-        """The selectors of a loaded model, where it is and in its dtype."""
-        return self._selectors[model]
 
     def list_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
         """The one that is served."""
@@ -99,12 +96,8 @@ class Models(ModelManager):
 
     def _load_processor(self, *args: Any, **kwargs: Any) -> Any:
         loaded, found = self._read()
-        place = loaded.device, loaded.dtype
-        self._selectors[loaded.model] = replace(
-            found,
-            layers=tuple(layer.to(*place) for layer in found.layers),
-            carries=tuple(carry.to(*place) for carry in found.carries),
-        )
+        # Moved once and not by every request.
+        self.selectors = found.to(loaded.device, loaded.dtype)
         self._fresh, processor = loaded.model, loaded.processor
         processor.chat_template = processor.chat_template or usual_template(processor)
         return processor
@@ -115,42 +108,10 @@ class Models(ModelManager):
         return model
 
 
-class Selecting:
-    """Stands in for a model where transformers generates with it: it selects while it does.
-
-    Attributes:
-        visual_tokens: in the prompt.
-        visual_tokens_kept: layer average, once the prefill has been.
-    """
-
-    def __init__(self, model: Any, selectors: Artifact, keep: Any, input_ids: Any) -> None:
-        self.config = model.config
-        self.visual_tokens = int(family_of(model).visual_mask(model, input_ids).sum())
-        self._model, self._selectors, self._keep = model, selectors, keep
-        self._attachment: Attachment | None = None
-
-    @property
-    def visual_tokens_kept(self) -> float:
-        assert self._attachment is not None
-        last = self._attachment.last
-        return float(self.visual_tokens) if last is None else last.layer_average
-
-    def generate(self, **kwargs: Any) -> Any:
-        """`generate` of the model; always in the one thread that transformers generates in."""
-        # transformers hands over the processor, which cannot look for the ends of an answer.
-        kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer
-        with attach(self._model, self._selectors, self._keep) as self._attachment:
-            return self._model.generate(**kwargs)
-
-
 class Chat(ChatCompletionHandler):
     """`/v1/chat/completions`. Every request is handled by a copy, which knows what it keeps."""
 
     model_manager: Models
-    _keep: Any
-    _limited: bool
-    _sampled: bool
-    _selecting: Selecting
 
     def __init__(self, models: Models, state: GenerationState, sources: Sources) -> None:
         super().__init__(models, state)
@@ -163,51 +124,50 @@ class Chat(ChatCompletionHandler):
             # Pictures are decoded and a model is loaded while others are listened to.
             await asyncio.to_thread(one._prepare, body)
             return await super(Chat, one).handle_request(body, request_id)
-        except (AlvtsError, ValueError, TemplateError) as error:
-            return _refused(400, first_line(error))
         except HTTPException as error:
             return _refused(error.status_code, str(error.detail))
         except Exception as error:
-            logging.getLogger("uvicorn.error").error(
-                "%s: %s", type(error).__name__, one_line(str(error))
-            )
-            return _refused(500, first_line(error))
+            bad = isinstance(error, (AlvtsError, ValueError, TemplateError))
+            return _refused(400 if bad else 500, first_line(error))
 
     def _prepare(self, body: dict[str, Any]) -> None:
         keep = body.pop("keep", None)
         check_request(body, self._sources)
-        self._limited = body["max_tokens"] is not None
-        self._sampled = bool(body.get("temperature"))
         try:
-            model, processor = self.model_manager.load()
+            _, processor = self.model_manager.load()
         except AlvtsError as error:
             raise HTTPException(503, str(error)) from None
-        selectors = self.model_manager.selectors_of(model)
-        self._keep = keep_of(selectors, self.model_manager.keep if keep is None else keep)
-        for kind in ("image", "video"):
-            token = getattr(processor, f"{kind}_token", None)
-            for name, part in parts_of(body):
+        keep = self.model_manager.keep if keep is None else keep
+        self._body, self._keep = body, keep_of(self.model_manager.selectors, keep)
+        for name, part in parts_of(body):
+            for token in (processor.image_token, getattr(processor, "video_token", None)):
                 if token and token in part.get("text", ""):
                     raise AlvtsError(f"{name}: {token!r} is not for texts")
 
     def _selected(self, call: tuple[Any, ...]) -> tuple[Any, ...]:
-        """The arguments of a generation, with a model that selects."""
+        """The arguments of a generation, with what selects in the place of the model."""
         request_id, model, processor, model_id, inputs, gen_config = call
         ids = inputs["input_ids"]
         room = model.config.text_config.max_position_embeddings - ids.shape[1]
         # transformers leaves a model greedy that is so by itself, and drops the temperature.
-        gen_config.do_sample = gen_config.do_sample or self._sampled
-        if not self._limited:
+        gen_config.do_sample = gen_config.do_sample or bool(self._body.get("temperature"))
+        if self._body["max_tokens"] is None:
             gen_config.max_new_tokens = min(gen_config.max_new_tokens, max(room, 1))
         if gen_config.max_new_tokens > room:
             raise AlvtsError(
                 f"prompt and images make {ids.shape[1]} tokens, which leaves room for "
                 f"{max(room, 0)}; shorten the prompt, give fewer images or a smaller max_tokens"
             )
-        selectors = self.model_manager.selectors_of(model)
-        self._selecting = Selecting(model, selectors, self._keep, ids)
-        inputs = inputs.to(model.dtype)
-        return request_id, self._selecting, processor, model_id, inputs, gen_config
+        self._visual = int(family_of(model).visual_mask(model, ids).sum())
+        selecting = SimpleNamespace(config=model.config, generate=partial(self._generate, model))
+        return request_id, selecting, processor, model_id, inputs.to(model.dtype), gen_config
+
+    def _generate(self, model: Any, **kwargs: Any) -> Any:
+        """`generate` of the model; always in the one thread that transformers generates in."""
+        # transformers hands over the processor, which cannot look for the ends of an answer.
+        kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer
+        with attach(model, self.model_manager.selectors, self._keep) as self._attachment:
+            return model.generate(**kwargs)
 
     def _streaming(self, *call: Any, **more: Any) -> Any:
         return super()._streaming(*self._selected(call), **more)
@@ -216,21 +176,23 @@ class Chat(ChatCompletionHandler):
         return await super()._non_streaming(*self._selected(call), **more)
 
     def _build_completion(self, *args: Any, **more: Any) -> Any:
-        self._tell(more["usage"])
-        return super()._build_completion(*args, **more)
+        return super()._build_completion(*args, **self._told(more))
 
     def _build_chunk_sse(self, *args: Any, **more: Any) -> Any:
-        self._tell(more.get("usage"))
-        return super()._build_chunk_sse(*args, **more)
+        return super()._build_chunk_sse(*args, **self._told(more))
 
-    def _tell(self, usage: Any) -> None:
-        """Put what was kept into `usage`, which all but the last chunk of a stream are without."""
-        if usage is not None:
-            usage.visual_tokens = self._selecting.visual_tokens
-            usage.visual_tokens_kept = self._selecting.visual_tokens_kept
+    def _told(self, more: dict[str, Any]) -> dict[str, Any]:
+        """With what was kept in `usage`, which all but the last chunk of a stream are without."""
+        if (usage := more.get("usage")) is not None:
+            last = self._attachment.last
+            usage.visual_tokens = self._visual
+            usage.visual_tokens_kept = last.layer_average if last else float(self._visual)
+        return more
 
 
 def _refused(status: int, message: str) -> JSONResponse:
+    if status >= 500:
+        logging.getLogger("uvicorn.error").error(one_line(message))
     kind = "invalid_request_error" if status < 500 else "server_error"
     return JSONResponse({"error": {"message": message, "type": kind}}, status)
 

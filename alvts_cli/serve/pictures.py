@@ -1,29 +1,23 @@
 """Where the pictures of a request may come from, and reading them."""
 
 from base64 import b64decode
+from contextlib import suppress
 from dataclasses import dataclass
-from http.client import HTTPException
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
-from urllib.request import HTTPRedirectHandler, build_opener
 
+import httpx
 from PIL import Image
 
 from ..data import inside
 from ..errors import AlvtsError
+from ..models import first_line
 from ..prompts import read_image
 
-_MOST_BYTES = 50_000_000
+_MOST_MB = 50
 _SECONDS = 10
-
-
-class _NoRedirect(HTTPRedirectHandler):
-    """A host that is allowed must not lead to one that is not."""
-
-    def redirect_request(self, *args: Any) -> None:
-        """Never: the reply is an error."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +42,12 @@ class Sources:
         # First: `urlsplit` would keep the whole picture in a cache of its own.
         if url.startswith("data:"):
             return read_image(BytesIO(_embedded(url, name)), name)
-        try:
+        with suppress(ValueError):
             parts = urlsplit(url)
-        except ValueError:
-            raise AlvtsError(f"{name} has no URL that can be read") from None
-        if parts.scheme == "file":
-            return read_image(self._file(unquote(parts.path), name), name)
-        if parts.scheme in ("http", "https"):
-            return read_image(BytesIO(self._fetched(url, parts.netloc.lower(), name)), name)
+            if parts.scheme == "file":
+                return read_image(self._file(unquote(parts.path), name), name)
+            if parts.scheme in ("http", "https"):
+                return read_image(BytesIO(self._fetched(url, parts.netloc.lower(), name)), name)
         raise AlvtsError(f"{name} needs a URL: data:image/png;base64,... always works")
 
     def _file(self, path: str, name: str) -> Path:
@@ -70,22 +62,21 @@ class Sources:
         if host not in self.hosts:
             raise AlvtsError(f"{name} is at a host that this server does not fetch from")
         try:
-            with build_opener(_NoRedirect).open(url, timeout=_SECONDS) as reply:
-                data: bytes = reply.read(_MOST_BYTES + 1)
-        except (OSError, ValueError, HTTPException) as error:
-            raise AlvtsError(f"{name} cannot be fetched: {error}") from None
-        if len(data) > _MOST_BYTES:
-            raise AlvtsError(f"{name} has more than {_MOST_BYTES // 1_000_000} MB")
+            # A redirect is an error: a host that is allowed must not lead to one that is not.
+            with httpx.stream("GET", url, timeout=_SECONDS) as reply:
+                reply.raise_for_status()
+                data = b"".join(islice(reply.iter_bytes(1_000_000), _MOST_MB + 1))
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise AlvtsError(f"{name} cannot be fetched: {first_line(error)}") from None
+        if len(data) > _MOST_MB * 1_000_000:
+            raise AlvtsError(f"{name} has more than {_MOST_MB} MB")
         return data
 
 
 def _embedded(url: str, name: str) -> bytes:
-    head, comma, data = url.partition(",")
     try:
-        if not comma or not head.endswith(";base64"):
-            raise ValueError
-        return b64decode(data, validate=True)
-    except ValueError:
+        return b64decode(url.split(";base64,", 1)[1], validate=True)
+    except (IndexError, ValueError):
         raise AlvtsError(
             f"{name} is not data:image/png;base64,... or its base64 is broken"
         ) from None
