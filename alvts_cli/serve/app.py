@@ -75,12 +75,10 @@ class Models(ModelManager):
 
     def load(self) -> tuple[Any, Any]:
         """The model and its processor; the time until they are unloaded starts anew."""
-        while True:
-            model, processor = self.load_model_and_processor(self.force_model)
-            if model is not None:
-                return model, processor
-            # It is being unloaded at this moment.
+        # There is none while it is being unloaded.
+        while (found := self.load_model_and_processor(self.force_model))[0] is None:
             sleep(0.05)
+        return found
 
     def list_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
         """The one that is served."""

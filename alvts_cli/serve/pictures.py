@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import httpx
+from huggingface_hub.utils import httpx
 from PIL import Image
 
 from ..data import inside
@@ -17,7 +17,6 @@ from ..models import first_line
 from ..prompts import read_image
 
 _MOST_MB = 50
-_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Sources:
             raise AlvtsError(f"{name} is at a host that this server does not fetch from")
         try:
             # A redirect is an error: a host that is allowed must not lead to one that is not.
-            with httpx.stream("GET", url, timeout=_SECONDS) as reply:
+            with httpx.stream("GET", url, timeout=10) as reply:
                 reply.raise_for_status()
                 data = b"".join(islice(reply.iter_bytes(1_000_000), _MOST_MB + 1))
         except (httpx.HTTPError, httpx.InvalidURL) as error:

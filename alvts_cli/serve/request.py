@@ -60,11 +60,9 @@ def check_request(body: Any, sources: Sources) -> None:
         first = error.errors()[0]
         raise AlvtsError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     body["messages"] = [message.model_dump() for message in request.messages]
-    pictures = 0
-    for name, part in parts_of(body):
-        if part["type"] == "image_url":
-            part["image_url"]["url"] = sources.read(part["image_url"]["url"], name)
-            pictures += 1
+    pictures = [(name, part) for name, part in parts_of(body) if part["type"] == "image_url"]
+    for name, part in pictures:
+        part["image_url"]["url"] = sources.read(part["image_url"]["url"], name)
     if not pictures:
         raise AlvtsError("messages: there is no image; send one as a part of type image_url")
     # transformers takes the numbers as they came, and no whole ones.
