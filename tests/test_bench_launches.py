@@ -95,7 +95,7 @@ def test_a_whole_prefill_is_its_layers(every, expected):
     kinds = dict(dense=40, chooses=49, goes_on=42, goes_on_otherwise=43, text_only=45, once=50)
     rest = dict.fromkeys(
         (
-            *("decode", "decode_dense", "host_syncs"),
+            *("rest", "decode", "decode_dense", "decode_rest", "host_syncs"),
             *("host_syncs_once", "copies", "copies_once"),
         ),
         0,

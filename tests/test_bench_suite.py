@@ -30,9 +30,12 @@ def quick(monkeypatch):
     """A machine that is measured in no time."""
     monkeypatch.setattr(machine, "_LEAST", 1e-3)
     monkeypatch.setattr(machine, "_HELD", 2**22)
+    monkeypatch.setattr(machine, "WIDTH", 256)
     monkeypatch.setattr(machine, "ROWS", (1, 64))
     monkeypatch.setattr(machine, "LENGTHS", (64,))
-    monkeypatch.setattr(machine, "SIZES", (3 * 2**14,))
+    monkeypatch.setattr(machine, "LAYER_WIDTH", 128)
+    monkeypatch.setattr(machine, "TOKENS", (4, 16))
+    monkeypatch.setattr(machine, "_ROUNDS", 2)
 
 
 def run(path, *more):

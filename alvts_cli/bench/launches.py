@@ -50,12 +50,16 @@ class Launches:
             number.
         text_only: of one that keeps no visual token.
         once: in the whole prefill beside the layers, over those of the dense model.
+        rest: in a dense prefill beside the layers.
         decode, decode_dense: of a layer for one more token.
+        decode_rest: beside the layers, for one more token of the dense model.
         host_syncs: in all layers of the prefills and decoded tokens that were counted.
         host_syncs_once: beside the layers, over those of the dense model.
         copies: from host to device, and tensors made on the host, in all layers.
         copies_once: beside the layers, over those of the dense model.
         operators: the names behind each of the figures that count launches of a layer.
+        moved: bytes read and written by all but products and attention: by the name of each figure
+            that counts launches of a prefill.
     """
 
     dense: int
@@ -64,8 +68,10 @@ class Launches:
     goes_on_otherwise: int
     text_only: int
     once: int
+    rest: int
     decode: int
     decode_dense: int
+    decode_rest: int
     host_syncs: int
     host_syncs_once: int
     copies: int
@@ -117,6 +123,7 @@ def count_launches(
     policy: Policy,
     prompts: Prompts | None = None,
     dtype: torch.dtype = torch.bfloat16,
+    device: str = "cuda",
 ) -> Launches:
     """Count a model of this shape with random selectors. Neither weights nor a GPU are needed.
 
@@ -126,10 +133,11 @@ def count_launches(
         policy: that tokens are chosen under.
         prompts: to run on; None for one of 576 visual and 64 text tokens.
         dtype: of the weights.
+        device: "cuda", or "cpu", where scoring takes other operators and nothing is copied.
     """
     prompts = prompts or Prompts()
     with _fake_device():
-        model = _fake_model(config, dtype)
+        model = _fake_model(config, dtype, device)
         selectors = random_selectors(model)
         dense = _run(model, prompts, nullcontext)
 
@@ -150,17 +158,26 @@ def count_launches(
         "decode": each.decode[1],
         "decode_dense": dense.decode[1],
     }
-    first = len(each.layers[0].launches) - len(each.layers[1].launches)
+    first, second = each.layers[:2]
     layers = [*each.layers, *held.layers, *each.decode, *held.decode]
     return Launches(
         **{name: len(span.launches) for name, span in kinds.items()},
-        once=first + len(each.rest.launches) - len(dense.rest.launches),
+        once=len(first.launches)
+        - len(second.launches)
+        + len(each.rest.launches)
+        - len(dense.rest.launches),
+        rest=len(dense.rest.launches),
+        decode_rest=len(dense.decode_rest.launches),
         host_syncs=sum(span.syncs for span in layers),
         host_syncs_once=each.rest.syncs - dense.rest.syncs,
         copies=sum(span.copies for span in layers),
         copies_once=each.rest.copies - dense.rest.copies,
         operators={name: tuple(span.launches) for name, span in kinds.items()},
-        moved={name: span.moved for name, span in kinds.items()},
+        moved={
+            **{name: span.moved for name, span in kinds.items()},
+            "once": first.moved - second.moved + each.rest.moved - dense.rest.moved,
+            "rest": dense.rest.moved,
+        },
     )
 
 
@@ -177,11 +194,12 @@ class Span:
 
 @dataclass
 class _Log:
-    """One forward of a prompt, and of a token behind it: by layer, and the rest of the first."""
+    """One forward of a prompt, and of a token behind it: by layer, and the rest of each."""
 
     layers: list[Span]
     decode: list[Span]
     rest: Span
+    decode_rest: Span
 
 
 class _Shell(nn.Module):
@@ -189,7 +207,8 @@ class _Shell(nn.Module):
 
     def __init__(self, config: Any, decoder: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.config, self.dtype, self.device = config, dtype, torch.device("cuda", 0)
+        self.config, self.dtype = config, dtype
+        self.device = next(decoder.parameters()).device
         self.model = _Backbone(decoder, family_of(config).decoder)
 
 
@@ -211,8 +230,8 @@ def _fake_device() -> Iterator[None]:
         yield
 
 
-def _fake_model(config: Any, dtype: torch.dtype) -> _Shell:
-    """Four layers of the decoder of `config`, on a fake GPU."""
+def _fake_model(config: Any, dtype: torch.dtype, device: str) -> _Shell:
+    """Four layers of the decoder of `config`, on a fake device."""
     from transformers import AutoModelForImageTextToText
 
     config = copy.deepcopy(config)
@@ -227,7 +246,7 @@ def _fake_model(config: Any, dtype: torch.dtype) -> _Shell:
     decoder: Any = family_of(config).text_model(whole)
 
     def fake(tensor: Tensor) -> Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
     for module in decoder.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -247,7 +266,7 @@ def _run(
     mask = [[1] * len(row)] + [[int(not prompts.ragged)] + [1] * (len(row) - 1)] * (
         prompts.batch - 1
     )
-    counter = _Counter()
+    counter = Counter(model.device.type)
     ids = counter.known([row] * prompts.batch)
     more = {}
     if prompts.ragged:
@@ -255,7 +274,7 @@ def _run(
 
     def embeds(tokens: int) -> Tensor:
         width = model.config.text_config.hidden_size
-        return torch.empty(prompts.batch, tokens, width, dtype=model.dtype, device="cuda")
+        return torch.empty(prompts.batch, tokens, width, dtype=model.dtype, device=model.device)
 
     layers: Any = family_of(model).layers(model)
     with setting(), counter.watching(layers), counter:
@@ -265,18 +284,23 @@ def _run(
         if more:
             more = {"attention_mask": counter.known([[*line, 1] for line in mask])}
         model.model(ids[:, -1:], embeds(1), use_cache=True, **going_on(output), **more)
-    return _Log(prefill, counter.spans, rest)
+    return _Log(prefill, counter.spans, rest, counter.rest)
 
 
-class _Counter(TorchDispatchMode):
+class Counter(TorchDispatchMode):
     """Counts what passes between a layer's first hook and its last, and the rest.
 
     Beside the layers, numbers that follow from the prompt are computed along on the host: there a
     forward may read how many tokens a prompt has. In a layer whatever is read is a 1.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        """
+        Args:
+            device: that the model is on, "cuda" or "cpu".
+        """
         super().__init__()
+        self._device = device
         self.spans: list[Span] = []
         self.rest = Span()
         self._inside = False
@@ -286,7 +310,7 @@ class _Counter(TorchDispatchMode):
         """A tensor of the device whose numbers the host may ask for beside the layers."""
         with _real():
             numbers = torch.tensor(values)
-        fake = torch.empty(numbers.shape, dtype=numbers.dtype, device="cuda")
+        fake = torch.empty(numbers.shape, dtype=numbers.dtype, device=self._device)
         _know(fake, numbers)
         return fake
 
@@ -354,7 +378,9 @@ class _Counter(TorchDispatchMode):
             return
         given = [one for one in _flat(args) if isinstance(one, Tensor)]
         places = {one.device.type for one in given}
-        if made[0].device.type == "cpu":
+        if self._device == "cpu":
+            self._launch(name, given, made)
+        elif made[0].device.type == "cpu":
             # To read a tensor is to wait for it; to make one here is to copy it there later.
             if "cuda" in places:
                 self._wait()
@@ -363,9 +389,12 @@ class _Counter(TorchDispatchMode):
         elif name in ("_to_copy", "copy_") and "cpu" in places:
             self._span.copies += 1
         else:
-            self._span.launches.append(name)
-            if name not in _PRODUCTS:
-                self._span.moved += sum(map(_size, (*given, *made)))
+            self._launch(name, given, made)
+
+    def _launch(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
+        self._span.launches.append(name)
+        if name not in _PRODUCTS:
+            self._span.moved += sum(map(_size, (*given, *made)))
 
 
 _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "addmv", "_grouped_mm")
@@ -416,7 +445,7 @@ class _Indexing(TorchFunctionMode):
             return True
         if func is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor):
             return args[0].to(args[1].device, args[1].dtype)
-        if func is functional.rms_norm:
+        if func is functional.rms_norm and args[0].device.type == "cuda":
             return _rms_norm(*args)
         if func is functional.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
@@ -434,10 +463,10 @@ def _real() -> AbstractContextManager[Any]:
     return torch.utils._python_dispatch._disable_current_modes()
 
 
-def _counter() -> _Counter | None:
+def _counter() -> Counter | None:
     """The one that counts now."""
     modes = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-    return next((mode for mode in modes if isinstance(mode, _Counter)), None)
+    return next((mode for mode in modes if isinstance(mode, Counter)), None)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -492,7 +521,7 @@ def _set_item(tensor: Tensor, index: Any, value: Any) -> None:
         part.fill_(value)
 
 
-def _watched(kind: type, counter: _Counter) -> type:
+def _watched(kind: type, counter: Counter) -> type:
     """`kind`, with every call a span of `counter`."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

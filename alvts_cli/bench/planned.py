@@ -10,7 +10,7 @@ from rich.table import Table
 from ..engine.sizes import default_carry_rank
 from ..plan.cards import Ceilings
 from ..plan.describe import describe
-from ..plan.machine import measure_machine
+from ..plan.machine import device_here, measure_machine
 from ..plan.predict import Prediction, predict
 from ..plan.work import Case
 from .subject import Subject
@@ -23,7 +23,8 @@ def predicted(subject: Subject) -> tuple[Prediction, Ceilings]:
     """What to expect of a subject on the machine it runs on, whose ceilings are measured first."""
     settings, model = subject.settings, subject.model
     machine = measure_machine(str(model.device), settings["dtype"])
-    shape = describe(settings["model"], model.config, {"its": subject.policy})
+    device = device_here(str(model.device))
+    shape = describe(settings["model"], model.config, {"its": subject.policy}, device)
     case = Case(
         shape,
         subject.policy,
@@ -98,7 +99,9 @@ def _ceilings(machine: Ceilings) -> str:
     return (
         f"ceilings: products {few[1] / 1e9:,.0f} GFLOP/s at {few[0]:g} row and "
         f"{many[1] / 1e9:,.0f} at {many[0]:g}, attention {machine.attention[-1][1] / 1e9:,.0f}, "
-        f"memory {machine.bandwidth / 1e9:,.1f} GB/s, an operator {machine.launch * 1e6:.1f} us"
+        f"memory {machine.bandwidth / 1e9:,.1f} GB/s, other operators "
+        f"{machine.elementwise[0][1] / 1e9:,.1f} to {machine.elementwise[-1][1] / 1e9:,.1f}, a "
+        f"launch {machine.launch * 1e6:.1f} us; timings of one figure {machine.spread:.0%} apart"
     )
 
 

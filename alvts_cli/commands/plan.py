@@ -59,18 +59,20 @@ def plan(
 
     if json_file is not None:
         check_writable(json_file)
+    asked = Wanted(keep or KEEP, policy, visual_tokens, text_tokens)
     if on == "this":
-        from ..plan.machine import measure_machine
+        from ..plan.describe import describe_named
+        from ..plan.machine import device_here, measure_machine
 
+        case = make_case(describe_named(model, device_here()), asked)
         machine = measure_machine()
     else:
-        machine = card(on)
-    shape = known_shape(model)
-    if shape is None:
-        from ..plan.describe import describe_named
+        machine, shape = card(on), known_shape(model)
+        if shape is None:
+            from ..plan.describe import describe_named
 
-        shape = describe_named(model)
-    case = make_case(shape, Wanted(keep or KEEP, policy, visual_tokens, text_tokens))
+            shape = describe_named(model)
+        case = make_case(shape, asked)
     predictions = [predict(replace(case, batch=batch), machine) for batch in BATCHES]
     # What goes to standard output is JSON alone where that is asked for.
     out = console(error=json_file is not None and is_stdout(json_file))

@@ -50,11 +50,12 @@ class Ceilings:
         attention: FLOP/s of causal attention, counted as causal, by the number of tokens.
         biased: the same with a number added to the logits, the whole square counted.
         bandwidth: of memory, for weights and cache.
-        elementwise: bytes per second of an operator on activations, by the bytes it moves.
+        elementwise: bytes per second of operators on activations, by the bytes that one moves.
         launch: of one operator, on the host.
         graph_launch: between two kernels of a graph; None where there are no graphs.
         overlaps: whether the host runs ahead, so that launches hide behind work.
         memory: that a model may fill.
+        spread: how far apart timings of one figure were, as a share; 0 where nothing was measured.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Ceilings:
     graph_launch: float | None
     overlaps: bool
     memory: float
+    spread: float = 0.0
 
 
 def at(curve: Curve, size: float) -> float:

@@ -43,13 +43,16 @@ _KEPT = {
 """By kind, of the visual tokens where `count_launches` counts it."""
 
 
-def describe(name: str, config: Any, policies: Mapping[str, Policy] = NAMED) -> Shape:
+def describe(
+    name: str, config: Any, policies: Mapping[str, Policy] = NAMED, device: str = "cuda"
+) -> Shape:
     """What `alvts plan` needs of a model. Takes some seconds; no weights are made.
 
     Args:
         name: as the user calls it.
         config: of a model of a known family.
         policies: to count the launches of, by name.
+        device: that launches are counted on, "cuda" or "cpu".
 
     Raises:
         AlvtsError: some of its layers have experts and others none.
@@ -62,7 +65,7 @@ def describe(name: str, config: Any, policies: Mapping[str, Policy] = NAMED) -> 
             "others none"
         )
     counts = {
-        policy: _counts(config, policy)
+        policy: _counts(config, policy, device)
         for policy in {replace(policy, every=1) for policy in policies.values()}
     }
     return Shape(
@@ -85,12 +88,19 @@ def describe(name: str, config: Any, policies: Mapping[str, Policy] = NAMED) -> 
     )
 
 
-def describe_named(name: str) -> Shape:
+def describe_named(name: str, device: str = "cuda") -> Shape:
     """`describe` for a model by its name, hub id or folder; only its config is read.
+
+    Args:
+        name: the names of known models need nothing on this machine.
+        device: as `describe` has it.
 
     Raises:
         AlvtsError: no such model, a config that is not on this machine, or an unknown architecture.
     """
+    if name in SHAPES:
+        return describe(name, shape_config(name), device=device)
+
     from transformers import AutoConfig
 
     model_id = resolve_name(name)
@@ -103,17 +113,17 @@ def describe_named(name: str) -> Shape:
             "folder that it is in"
         ) from None
     family_of(config)
-    return describe(name, config)
+    return describe(name, config, device=device)
 
 
-def _counts(config: Any, policy: Policy) -> Counts:
+def _counts(config: Any, policy: Policy, device: str) -> Counts:
     """Launches by the kind of a layer, and bytes as functions of the tokens: from two prompts."""
     prompts = [Prompts(visual_tokens=times * VISUAL) for times in (1, 4)]
-    counted = [count_launches(config, policy, prompt) for prompt in prompts]
+    counted = [count_launches(config, policy, prompt, device=device) for prompt in prompts]
     tokens = [prompt.visual_tokens + prompt.text_tokens for prompt in prompts]
     running = counted[0].moved["dense"] / tokens[0]
 
-    def kind(name: str, kept: float) -> Kind:
+    def line(name: str, running: float, kept: float = 0) -> Kind:
         """What it moves beside a dense layer on as few tokens, as a straight line."""
         first, last = (
             one.moved[name] - running * (TEXT + Keep((kept,)).count(0, prompt.visual_tokens))
@@ -122,12 +132,13 @@ def _counts(config: Any, policy: Policy) -> Counts:
         every = (last - first) / (tokens[1] - tokens[0])
         return Kind(getattr(counted[0], name), Moved(running, first - every * tokens[0], every))
 
-    kinds = {name: kind(name, kept) for name, kept in _KEPT.items()}
     return Counts(
-        **kinds,
-        once=counted[0].once,
+        **{name: line(name, running, kept) for name, kept in _KEPT.items()},
+        once=line("once", 0),
+        rest=line("rest", 0),
         decode=counted[0].decode,
         decode_dense=counted[0].decode_dense,
+        decode_rest=counted[0].decode_rest,
     )
 
 

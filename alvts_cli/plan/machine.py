@@ -1,11 +1,17 @@
-"""The ceilings of the machine at hand, measured in a few seconds.
+"""The ceilings of the machine at hand, measured in some seconds.
 
 - Products in the wanted precision at many numbers of rows: a product of few rows is bound by
   reading its weights, which lie in several matrices that no cache holds together.
 - Causal attention at several lengths, plain and with a number added to the logits.
 - Memory: a copy of a block that no cache holds.
-- An operator on activations, at several sizes: small ones stay in the caches.
-- The launch of an operator: one on a few numbers, again and again.
+- All other operators, at several sizes: those of a decoder layer, one after the other, so that
+  memory is taken and given back as there. One operator again and again finds everything in the
+  caches, and is many times as fast.
+- A launch: a decoder layer on next to nothing, modules, dispatch and all.
+
+Each is measured again and again in turns with all others, so that what disturbs the machine for a
+while disturbs all of them; the median counts, and how far the figures were apart is said. **It does
+not see a load that is there all the time**: measure on an idle machine.
 
 The shapes are none that `alvts bench` is held against: width 3072, lengths between its own.
 """
@@ -13,6 +19,7 @@ The shapes are none that `alvts bench` is held against: width 3072, lengths betw
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
 from statistics import median
@@ -21,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..bench.launches import Counter
 from ..bench.report import hardware_name
 from ..bench.timing import synchronize
 from ..memory import memory_free
@@ -30,15 +38,25 @@ from .cards import GRAPH_LAUNCH, Ceilings, Curve
 WIDTH, HEADS, HEAD = 3072, 24, 128
 ROWS = (1, 4, 16, 48, 96, 192, 384, 768, 1536)
 LENGTHS = (48, 192, 768, 1536)
-SIZES = tuple(3 * 2**exponent for exponent in range(14, 27, 2))
-"""Bytes that an operator moves."""
+LAYER_WIDTH = 1536
+"""Of the layer whose operators are measured."""
+TOKENS = (24, 96, 384, 1536, 3072)
+"""That they run on."""
 
 _HELD = 2**27
 """Bytes that no cache holds."""
-_LEAST = 0.15
-"""Seconds that a figure is measured for, at least."""
-_OPERATORS = 5
-"""That a launch is measured on."""
+_LEAST = 0.02
+"""Seconds that a figure is measured for in every round, at least."""
+_ROUNDS = 7
+
+
+def device_here(device: str = "auto") -> str:
+    """What launches are to be counted on for this machine: "cuda" or "cpu".
+
+    Raises:
+        AlvtsError: no such device.
+    """
+    return "cuda" if parse_device(device).type == "cuda" else "cpu"
 
 
 def measure_machine(device: str = "auto", dtype: str = "bfloat16") -> Ceilings:
@@ -54,102 +72,187 @@ def measure_machine(device: str = "auto", dtype: str = "bfloat16") -> Ceilings:
     bench = _Bench(parse_device(device), parse_dtype(dtype))
     cuda = bench.device.type == "cuda"
     with torch.inference_mode():
+        bench.measure()
         return Ceilings(
             name="this",
             about=f"this machine ({hardware_name(bench.device)}, {torch.get_num_threads()} "
-            f"threads, {dtype}), measured just now",
+            f"threads, {dtype}), measured just now, every figure {_ROUNDS} times; the fastest and "
+            f"the slowest of a figure were {bench.spread:.0%} apart (median)",
             matmul=bench.matmul(),
             attention=bench.attention(biased=False),
             biased=bench.attention(biased=True),
-            bandwidth=bench.bandwidth(),
+            bandwidth=2 * _HELD / bench.seconds("copy"),
             elementwise=bench.elementwise(),
             launch=bench.launch(),
             graph_launch=GRAPH_LAUNCH if cuda else None,
             overlaps=cuda,
             memory=float(memory_free(bench.device) or 0),
+            spread=bench.spread,
         )
 
 
+@dataclass
+class _Figure:
+    """Work that is timed.
+
+    Attributes:
+        work: once.
+        together: how often in one timing, lest a GPU's clock be read for every small one.
+        times: of one of them, in seconds.
+    """
+
+    work: Callable[[], object]
+    together: int = 1
+    times: list[float] = field(default_factory=list)
+
+
 class _Bench:
-    """Times operators on a device, in a precision."""
+    """Times operators on a device, in a precision.
+
+    Attributes:
+        device: that they run on.
+        spread: between the fastest and the slowest timing of a figure, as a share of its median;
+            the median over all figures.
+    """
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self._dtype = device, dtype
+        self.spread = 0.0
+        self._layers = {tokens: _Layer(self, LAYER_WIDTH, tokens) for tokens in TOKENS}
+        self._nothing = _Layer(self, _Layer.HEAD, 1)
+        self._figures = {name: _Figure(work) for name, work in self._works()}
+
+    def _works(self) -> Iterator[tuple[object, Callable[[], object]]]:
+        """Everything that is timed, by its name."""
+        many = math.ceil(_HELD / (WIDTH**2 * self._dtype.itemsize))
+        weights = [self.random(WIDTH, WIDTH) for _ in range(many)]
+        for rows in ROWS:
+            yield ("matmul", rows), partial(_product, self.random(rows, WIDTH), cycle(weights))
+        for tokens in LENGTHS:
+            query, key, value = (self.random(1, HEADS, tokens, HEAD) for _ in range(3))
+            attend = partial(functional.scaled_dot_product_attention, query, key, value)
+            yield (False, tokens), partial(attend, is_causal=True)
+            yield (True, tokens), partial(attend, attn_mask=self.random(1, 1, tokens, tokens))
+        source = self.random(_HELD // self._dtype.itemsize)
+        yield "copy", partial(torch.empty_like(source).copy_, source)
+        for tokens, layer in self._layers.items():
+            yield ("layer", tokens), layer.between
+        yield "between", self._nothing.between
+        yield "launch", self._nothing.whole
+
+    def measure(self) -> None:
+        """Time everything in turns."""
+        for figure in self._figures.values():
+            figure.work()
+            while self._timed(figure) < _LEAST:
+                figure.together *= 2
+        for _ in range(_ROUNDS):
+            for figure in self._figures.values():
+                figure.times.append(self._timed(figure) / figure.together)
+        times = [figure.times for figure in self._figures.values()]
+        self.spread = median((max(one) - min(one)) / median(one) for one in times)
+
+    def seconds(self, name: object) -> float:
+        """Of work once, the median."""
+        return median(self._figures[name].times)
 
     def matmul(self) -> Curve:
         """FLOP/s by the number of rows."""
-        size = WIDTH**2
-        weights = [
-            self._random(WIDTH, WIDTH)
-            for _ in range(math.ceil(_HELD / (size * self._dtype.itemsize)))
-        ]
-        points = []
-        for rows in ROWS:
-            turn = cycle(weights)
-            states = self._random(rows, WIDTH)
-            product = partial(_next_product, states, turn)
-            points.append((float(rows), 2 * rows * size / self._seconds(product)))
-        return tuple(points)
+        return tuple(
+            (float(rows), 2 * rows * WIDTH**2 / self.seconds(("matmul", rows))) for rows in ROWS
+        )
 
     def attention(self, biased: bool) -> Curve:
         """FLOP/s by the number of tokens."""
         points = []
         for tokens in LENGTHS:
-            query, key, value = (self._random(1, HEADS, tokens, HEAD) for _ in range(3))
-            mask = self._random(1, 1, tokens, tokens) if biased else None
-            attend = partial(
-                functional.scaled_dot_product_attention,
-                *(query, key, value),
-                attn_mask=mask,
-                is_causal=mask is None,
-            )
             pairs = tokens**2 if biased else tokens * (tokens + 1) // 2
-            points.append((float(tokens), 4 * HEADS * HEAD * pairs / self._seconds(attend)))
+            points.append(
+                (float(tokens), 4 * HEADS * HEAD * pairs / self.seconds((biased, tokens)))
+            )
         return tuple(points)
 
-    def bandwidth(self) -> float:
-        """Bytes per second read and written by a copy."""
-        source = self._random(_HELD // self._dtype.itemsize)
-        target = torch.empty_like(source)
-        return 2 * _HELD / self._seconds(lambda: target.copy_(source))
-
     def elementwise(self) -> Curve:
-        """Bytes per second of a sum, by the bytes it moves."""
+        """Bytes per second of a layer's operators beside products and attention, by the bytes that
+        one moves, without what launching them takes."""
+        idle = self.seconds("between")
         points = []
-        for size in SIZES:
-            states = self._random(size // 3 // self._dtype.itemsize)
-            points.append((float(size), size / self._seconds(partial(torch.add, states, states))))
+        for tokens, layer in self._layers.items():
+            launches, moved = layer.counted()
+            # Nearly nothing is left of the smallest, and noise must not make it less.
+            taken = max(self.seconds(("layer", tokens)) - idle, 0.1 * idle)
+            points.append((moved / launches, moved / taken))
         return tuple(points)
 
     def launch(self) -> float:
-        """Seconds of the host for one operator, on the few numbers of an RMSNorm."""
-        states = self._random(4, 64)
+        """Seconds of the host for one operator of a decoder layer."""
+        return self.seconds("launch") / self._nothing.launches()
 
-        def norm() -> None:
-            states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + 1e-6)
-
-        return self._seconds(norm) / _OPERATORS
-
-    def _random(self, *shape: int) -> Tensor:
+    def random(self, *shape: int) -> Tensor:
+        """Numbers around 0."""
         return torch.randn(*shape, device=self.device, dtype=self._dtype)
 
-    def _seconds(self, work: Callable[[], object]) -> float:
-        """Median of one call; after a first one that does not count."""
-        work()
-        times: list[float] = []
-        # Together, lest a GPU's clock be read for every small one.
-        together = 1
-        while len(times) < 3 or sum(times) < _LEAST:
-            synchronize(self.device)
-            start = time.perf_counter()
-            for _ in range(together):
-                work()
-            synchronize(self.device)
-            times.append(time.perf_counter() - start)
-            if times[-1] < _LEAST / 100:
-                together, times = 2 * together, []
-        return median(times) / together
+    def _timed(self, figure: _Figure) -> float:
+        synchronize(self.device)
+        start = time.perf_counter()
+        for _ in range(figure.together):
+            figure.work()
+        synchronize(self.device)
+        return time.perf_counter() - start
 
 
-def _next_product(states: Tensor, weights: Iterator[Tensor]) -> Tensor:
+class _Layer:
+    """A Llama layer on some tokens, as transformers has it."""
+
+    HEAD = 64
+
+    def __init__(self, bench: _Bench, width: int, tokens: int) -> None:
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb
+
+        config = LlamaConfig(
+            hidden_size=width,
+            intermediate_size=11 * width // 4,
+            num_attention_heads=width // self.HEAD,
+            num_key_value_heads=width // self.HEAD,
+        )
+        config._attn_implementation = "sdpa"
+        states = bench.random(1, tokens, width)
+        self._device, self._states, self._turn = bench.device, states, apply_rotary_pos_emb
+        self._layer = LlamaDecoderLayer(config, 0).to(bench.device, states.dtype)
+        self._heads = states.view(1, tokens, -1, self.HEAD).transpose(1, 2)
+        self._positions = bench.random(1, tokens, self.HEAD), bench.random(1, tokens, self.HEAD)
+        self._inside = bench.random(1, tokens, config.intermediate_size)
+
+    def between(self) -> Tensor:
+        """The operators that are no products and no attention, in their order."""
+        layer = self._layer
+        normed = layer.input_layernorm(self._states)
+        turned = self._turn(self._heads, self._heads, *self._positions)
+        added = self._states + normed
+        normed = layer.post_attention_layernorm(added)
+        inside = layer.mlp.act_fn(self._inside) * self._inside
+        # All live as long as in the layer, more or less.
+        del turned, inside
+        return added + normed
+
+    def whole(self) -> Tensor:
+        """The layer."""
+        found: Tensor = self._layer(self._states, position_embeddings=self._positions)
+        return found
+
+    def counted(self) -> tuple[int, int]:
+        """Launches of `between`, and bytes that they move."""
+        with Counter(self._device.type) as counter:
+            self.between()
+        return len(counter.rest.launches), counter.rest.moved
+
+    def launches(self) -> int:
+        """Of `whole`."""
+        with Counter(self._device.type) as counter:
+            self.whole()
+        return len(counter.rest.launches)
+
+
+def _product(states: Tensor, weights: Iterator[Tensor]) -> Tensor:
     return functional.linear(states, next(weights))

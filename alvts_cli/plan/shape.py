@@ -32,7 +32,7 @@ class Moved:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a layer of one kind does beside arithmetic.
+    """What a layer of one kind, or a forward beside its layers, does beside arithmetic.
 
     Attributes:
         launches: operators that are no views.
@@ -50,8 +50,9 @@ class Counts:
     Attributes:
         dense, chooses, goes_on, goes_on_otherwise, text_only: of a layer in prefill, as in
             `bench.launches.Launches`.
-        once: launches in a selecting prefill beside the layers, over the dense one's.
-        decode, decode_dense: launches of a layer for one more token.
+        once: in a selecting prefill beside the layers, over the dense one.
+        rest: in a dense prefill beside the layers.
+        decode, decode_dense, decode_rest: launches of a layer for one more token, and beside them.
     """
 
     dense: Kind
@@ -59,9 +60,11 @@ class Counts:
     goes_on: Kind
     goes_on_otherwise: Kind
     text_only: Kind
-    once: int
+    once: Kind
+    rest: Kind
     decode: int
     decode_dense: int
+    decode_rest: int
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """What every phase of a generation asks of a machine: products, attention, launches, bytes.
 
 The arithmetic is that of `engine.flops.prefill_flops`, operator by operator; a test holds the two
-together. Not counted: the norms' and activations' arithmetic (their bytes are), the embedding, and
-what a forward does beside its layers in a dense model too.
+together. Not counted: the norms' and activations' arithmetic (their bytes are), and the embedding.
 """
 
 import math
@@ -170,9 +169,15 @@ def prefill(case: Case) -> list[Stretch]:
         layer = _layer(case, kind, running, case.policy.mass and kept > 0)
         more = (_scoring(case, running) if chooses else ()) + _carrying(case)
         stretches.append(replace(layer, products=layer.products + more))
+    stretches.append(_beside(case, case.counts.rest))
     if case.selects:
-        stretches.append(Stretch(launches=case.counts.once))
+        stretches.append(_beside(case, case.counts.once))
     return _joined(stretches)
+
+
+def _beside(case: Case, kind: Kind) -> Stretch:
+    """What runs once a prefill."""
+    return Stretch(launches=kind.launches, moved=case.batch * kind.moved.bytes(0, case.tokens))
 
 
 def decode(case: Case) -> list[Stretch]:
@@ -187,7 +192,7 @@ def decode(case: Case) -> list[Stretch]:
         # The dynamic cache is copied to grow: read and written, then read by the attention.
         attention = Attention(flops, flops, 1, 3 * held)
         stretches.append(Stretch(_projections(shape, case.batch), attention, selecting))
-    return _joined([*stretches, *head(case)])
+    return _joined([*stretches, Stretch(launches=case.counts.decode_rest), *head(case)])
 
 
 def head(case: Case) -> list[Stretch]:
