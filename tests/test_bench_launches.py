@@ -7,8 +7,10 @@ import pytest
 import torch
 from tiny import FAMILIES, make_model
 
+from alvts_cli.bench import launches
 from alvts_cli.bench.launches import Launches, Prompts, count_launches
-from alvts_cli.engine import NAMED, PAPER
+from alvts_cli.bench.selectors import RandomSelectors
+from alvts_cli.engine import NAMED, PAPER, PaperSelector
 from alvts_cli.engine.attaching import SelectorScorer
 from alvts_cli.shapes import shape_config
 
@@ -131,3 +133,40 @@ def test_no_more_than_it_was(name, policy):
     found = (*(layer - counted.dense for layer in layers), counted.decode - counted.decode_dense)
     assert (*found, counted.once) == LIMITS[name, policy]
     assert (counted.host_syncs, counted.copies, counted.host_syncs_once) == (0, 0, 1)
+
+
+# No more than, in the same order, where there is more to do: query and key norms, and a batch of
+# two of which one is padded on the left.
+MOST = {
+    ("qwen3-vl-8b", "paper", False): (33, 2, 2, 0, 63),
+    ("qwen3-vl-8b", "once", False): (52, 4, 2, 2, 69),
+    ("qwen3-vl-30b-a3b", "paper", False): (33, 2, 2, 0, 63),
+    ("llava-1.5-7b", "paper", True): (45, 4, 4, 8, 72),
+    ("llava-1.5-7b", "once", True): (67, 4, 4, 9, 74),
+    ("llava-next-mistral-7b", "each", True): (69, 7, 7, 9, 74),
+}
+
+
+@pytest.mark.parametrize(("name", "policy", "ragged"), MOST)
+def test_no_more_than_was_counted_once(name, policy, ragged):
+    prompts = Prompts(2, ragged=True) if ragged else Prompts()
+    counted = count_launches(shape_config(name), NAMED[policy], prompts)
+    layers = (counted.chooses, counted.goes_on, counted.text_only)
+    found = (*(layer - counted.dense for layer in layers), counted.decode - counted.decode_dense)
+    most = MOST[name, policy, ragged]
+    assert all(a <= b for a, b in zip((*found, counted.once), most, strict=True)), found
+    assert (counted.host_syncs, counted.copies, counted.host_syncs_once) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_papers_form_is_leaner_still(biased):
+    def selectors(model):
+        rank, width = 256, model.config.text_config.hidden_size
+        map_ = torch.empty(rank, width, dtype=model.dtype, device=model.device)
+        bias = torch.empty(rank, device=model.device) if biased else None
+        return RandomSelectors([PaperSelector(map_, map_, bias, 1e-5)] * 4)
+
+    with patch.object(launches, "random_selectors", selectors):
+        counted = count_launches(shape_config("llava-1.5-7b"), PAPER)
+    assert counted.chooses - counted.dense <= 20
+    assert (counted.host_syncs, counted.copies) == (0, 0)

@@ -2,14 +2,17 @@
 
 import inspect
 from contextlib import nullcontext
+from unittest.mock import patch
 
 import pytest
 import torch
 from tiny import CACHE, FAMILIES, Prompt, make_inputs, make_model, make_selectors, one_image
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from alvts_cli import attach
 from alvts_cli.engine import Solved, cache_of, keep_of
+from alvts_cli.engine.attaching import SelectorScorer
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +76,57 @@ def test_counts_that_follow_the_image(backend, keep):
     assert len({kept.kept for _, kept in expected}) >= 3
     # The fourth prompt is as large as the first.
     assert graphs[0] == 1 < graphs[1] and graphs[3] == graphs[2]
+
+
+def test_twice_at_most_for_prompts_and_schedules_of_all_lengths():
+    """Texts of three lengths and images of three sizes, each with counts of its own."""
+    model = make_model("llava")
+    selectors = make_selectors(schedules=((0.5, 0.25, 0.25, 0.25), (0.75, 0.75, 0.25, 0.5)))
+    counter = CompileCounterWithBackend("eager")
+    kept = set()
+    with torch.no_grad(), attach(model, selectors, 0.4, compile={"backend": counter}) as a:
+        for length, images in ((9, 2), (12, 3), (15, 4)):
+            model(**make_inputs(model, Prompt([1, *[5] * length], [(16, 16)] * images)))
+            kept.add(a.last.kept)
+    assert len(kept) == 3 and counter.frame_count == 2
+
+
+WAITS = {"item", "tolist", "nonzero", "is_nonzero", "cpu", "masked_select", "unique"}
+
+
+@pytest.mark.parametrize(
+    ("more", "waits"),
+    [
+        (lambda hidden: 0, set()),
+        (lambda hidden: hidden.sum().item(), {"item"}),
+        (lambda hidden: hidden[0, :, 0].nonzero().shape[0], {"nonzero"}),
+        (lambda hidden: hidden[..., 0].cpu(), {"cpu"}),
+    ],
+)
+def test_nothing_in_the_graph_of_the_loop_waits(more, waits):
+    """The layers are one graph without a read, and without a shape that follows the numbers: what a
+    CUDA graph asks for. `test_bench_launches` looks for copies too."""
+    model = make_model("llava")
+    score, found = SelectorScorer.importance, set()
+
+    def importance(self, layer_index, layer, hidden, plan, kwargs):
+        # What nobody uses is left out of a graph.
+        return score(self, layer_index, layer, hidden, plan, kwargs) + more(hidden)
+
+    def backend(graph, example_inputs):
+        found.update(getattr(node.target, "__name__", node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    inputs = prompt(model, "llava")
+    with torch.no_grad(), patch.object(SelectorScorer, "importance", importance):
+        options = {"backend": backend}
+        with attach(model, make_selectors(), [0, 0, 0, 4], compile=options):
+            try:
+                model(**inputs)
+            except TorchDynamoException:
+                assert waits
+                return
+    assert "sort" in found and found & WAITS == waits
 
 
 def test_blocks_of_rows_are_no_reason_to_compile_again():

@@ -4,7 +4,8 @@ With `k` fixed nothing in a prefill depends on what the selectors choose: `torch
 whole loop over the layers, with the hooks of the attachment, without a graph break. The numbers of
 text tokens, of visual tokens and, where schedules solve another one for every image, `k` become
 variables of the graph the first time that they change; it is compiled again where a layer begins
-or ends to select, and where scoring takes another number of blocks.
+or ends to select, where scoring takes another number of blocks, and where prompts begin to have
+several images.
 
 A decoded token is compiled twice, for the length that every layer's cache happens to have, and at
 the second token for all lengths.
