@@ -206,6 +206,12 @@ def test_the_table_and_the_file_have_everything(tmp_path):
         assert word in " ".join(result.stdout.split())
     report = json.loads(path.read_text())
     assert [one["batch"] for one in report["batches"]] == [1, 8, 32]
+    costs = [one["bias_seconds"] for one in report["batches"]]
+    assert costs[0] > 0 and costs[2] == pytest.approx(4 * costs[1])
+    assert f"{1000 * costs[1]:.3g} ms at batch 8" in " ".join(result.stdout.split())
+    # 32 layers that attend to all of 389 tokens at a quarter of the peak, not to half of them.
+    pairs = [389**2 / 0.25, 389 * 390 / 2 / 0.4]
+    assert costs[0] == pytest.approx(32 * 4 * 4096 * (pairs[0] - pairs[1]) / 989.4e12)
     prefilled = report["batches"][0]["phases"]["prefill"]
     ratio = prefilled["dense"]["eager"] / prefilled["selective"]["eager"]
     assert prefilled["speedup_eager"] == ratio

@@ -7,7 +7,7 @@ from ..engine.keep import KeepArgument, resolve_keep
 from ..engine.policy import NAMED
 from ..errors import AlvtsError
 from .cards import Ceilings
-from .roofline import Phase, phase
+from .roofline import Phase, bias_costs, phase
 from .shape import Shape
 from .work import VALUE, Case, Stretch, cache_bytes, decode, head, prefill, vision
 
@@ -31,6 +31,7 @@ class Prediction:
         case: the selective side.
         dense, selective: by the name of the phase.
         cache_dense, cache: bytes of keys and values after the prompt.
+        bias: seconds of the selective prefill that `roofline.bias_costs`.
     """
 
     case: Case
@@ -38,6 +39,7 @@ class Prediction:
     selective: dict[str, Phase]
     cache_dense: int
     cache: int
+    bias: float
 
     def speedup(self, name: str, graph: bool = False) -> float | None:
         """Of a phase, dense over selective; None where there are no graphs."""
@@ -102,6 +104,7 @@ def predict(case: Case, machine: Ceilings) -> Prediction:
         {name: phase(work(case), machine) for name, work in PHASES.items()},
         cache_bytes(dense),
         cache_bytes(case),
+        bias_costs(prefill(case), machine),
     )
 
 

@@ -18,7 +18,8 @@ FORMAT = 1
 
 BIASED = (
     "Kept tokens that count for others add a number to their logits, which the flash kernel has no "
-    "place for: attention takes another kernel in the layers that select, and is counted so."
+    "place for: attention takes another kernel in the layers that select. Of the prefill "
+    "that is"
 )
 
 
@@ -29,7 +30,8 @@ def to_table(predictions: Sequence[Prediction], machine: Ceilings) -> Renderable
     parts += [_phases(prediction, machine) for prediction in predictions]
     parts.append(_cache(predictions, machine))
     if case.policy.mass and case.selects:
-        parts.append(BIASED)
+        more = [f"{_ms(one.bias)} ms at batch {one.case.batch}" for one in predictions]
+        parts.append(f"{BIASED} {', '.join(more)}.")
     parts.append(machine.about)
     return Group(*parts)
 
@@ -52,6 +54,7 @@ def to_json(predictions: Sequence[Prediction], machine: Ceilings) -> dict[str, A
         "batches": [
             {
                 "batch": one.case.batch,
+                "bias_seconds": one.bias,
                 "kv_bytes": {"dense": one.cache_dense, "selective": one.cache},
                 "phases": {
                     name: {

@@ -2,7 +2,7 @@
 be launched (Williams et al., Roofline, 2009, with launches for a third ceiling)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .cards import Ceilings, at
 from .work import Attention, Product, Stretch
@@ -73,6 +73,25 @@ def phase(work: Sequence[Stretch], machine: Ceilings) -> Phase:
         eager=eager,
         graph=None if machine.graph_launch is None else graph,
     )
+
+
+def bias_costs(work: Sequence[Stretch], machine: Ceilings) -> float:
+    """Seconds that attention takes longer for the numbers added to its logits: another kernel, and
+    both triangles."""
+    biased = [one for one in work if one.attention is not None and one.attention.biased]
+    return sum(
+        one.times * (_attending(one.attention, machine) - _attending(_plain(one), machine))
+        for one in biased
+    )
+
+
+def _plain(stretch: Stretch) -> Attention | None:
+    attention = stretch.attention
+    return attention and replace(attention, computed=attention.flops, biased=False)
+
+
+def _attending(attention: Attention | None, machine: Ceilings) -> float:
+    return 0.0 if attention is None else max(_attention(attention, machine))
 
 
 def _product(product: Product, machine: Ceilings) -> tuple[float, float]:
