@@ -221,7 +221,7 @@ def test_a_conversation_on_a_terminal(tmp_path):
         assert "kept 256.0 (100 %" in say("how many crosses are there?")
         assert "error: there is no image nowhere.png" in say("/image nowhere.png")
         assert "error: keep" in say("/keep -1")
-        assert "error: /wrong is no command; /image FILE" in say("/wrong")
+        assert "error: /keep is no command; /image FILE: another picture" in say("/keep")
         assert "error: the prompt has 1 places" in say("what is <image> ?")
         say(f"/image '{picture}'")
         say("/keep 0.11")

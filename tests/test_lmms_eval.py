@@ -25,6 +25,7 @@ from lmms_eval.tasks import TaskManager
 
 from alvts_cli import AlvtsError
 from alvts_cli.answer import answer, prepare, selectors_for
+from alvts_cli.engine import parse_policy
 from alvts_cli.lmms.model import Alvts, cut, generation, read_turn
 from alvts_cli.models import load_model
 from alvts_cli.pocket import WEIGHTS
@@ -223,6 +224,9 @@ def test_pocket_answers_through_lmms_eval(
         ({"method": "fastv"}, "no keep was given"),
         ({"method": "fastv", "keep": "[" + "0.5," * 15 + "0.1]"}, "takes one keep"),
         ({"selectors": "nowhere.safetensors"}, "there is no selector file nowhere.safetensors"),
+        ({"policy": "best"}, "unknown policy 'best'"),
+        ({"policy": "once", "method": "dense"}, "the method dense has no policies"),
+        ({"selectors": str(model_folder(seed=1) / "selectors.safetensors")}, "--other-weights"),
     ],
 )
 def test_wrong_model_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -230,6 +234,17 @@ def test_wrong_model_arguments_are_refused(arguments: dict[str, Any], message: s
         Alvts(**{"pretrained": str(model_folder()), "device": "cpu", **arguments})
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_policy_and_selectors_of_other_weights() -> None:
+    selectors = str(model_folder(seed=1) / "selectors.safetensors")
+    model = Alvts(
+        str(model_folder()), selectors, 9, device="cpu", policy="once", other_weights=True
+    )
+    turn = [{"type": "image", "url": Image.new("RGB", (32, 32))}, {"type": "text", "text": "what?"}]
+    ask(model, [{"role": "user", "content": turn}])
+    last = model._attachment.last
+    assert str(last.policy) == str(parse_policy("once")) and last.layer_average == 9
 
 
 def ask(model: Alvts, messages: list[dict[str, Any]]) -> str:

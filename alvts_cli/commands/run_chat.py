@@ -93,7 +93,8 @@ class _Talk:
         elif command == "/help":
             say(HELP)
         else:
-            raise AlvtsError(f"{command} is no command; {HELP}")
+            line = f"{command} {what}".strip()
+            raise AlvtsError(f"{line} is no command; {HELP}")
 
     def answer(self, words: str) -> None:
         """Print an answer as it comes, then a line about it.

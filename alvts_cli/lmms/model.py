@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..answer import selectors_for
-from ..engine import Attachment, attach
+from ..engine import Attachment, attach, parse_policy
 from ..engine.keep import KeepArgument, resolve_keep
 from ..errors import AlvtsError
 from ..evaluate.batches import collate, end_token, ended
@@ -59,6 +59,9 @@ class Alvts(lmms):
         dtype: str | None = None,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
+        policy: str | None = None,
+        other_weights: bool = False,
+        trust_remote_code: bool = False,
     ) -> None:
         """
         Args:
@@ -71,15 +74,21 @@ class Alvts(lmms):
             dtype: as `load_model` takes it.
             batch_size: questions at once.
             max_batch_size: not used; lmms-eval passes it on for models that try sizes.
+            policy: of the method alvts, by name; None for what calibration picked for `keep`.
+            other_weights: take selectors of a model of the same shape.
+            trust_remote_code: run code that the model brings with it.
 
         Raises:
-            AlvtsError: an unknown method or batch size, what `load_model`, `find_selectors` and
-                `attach` refuse, or a method without `keep`.
+            AlvtsError: an unknown method, policy or batch size, a policy for another method, what
+                `load_model`, `find_selectors` and `attach` refuse, or a method without `keep`.
         """
         super().__init__()
         check_method(method)
+        if policy is not None and method != "alvts":
+            raise AlvtsError(f"the method {method} has no policies; leave policy out")
+        chosen = None if policy is None else parse_policy(policy)
         self.batch_size = _batch_size(batch_size)
-        self._loaded = load_model(pretrained, device, dtype)
+        self._loaded = load_model(pretrained, device, dtype, trust_remote_code)
         self.device = self._loaded.device
         self._attachment: Attachment | None = None
         self._peer: tuple[Method, int | float] | None = None
@@ -88,13 +97,16 @@ class Alvts(lmms):
         model = self._loaded.model
         if method == "alvts":
             # Once for all batches: every attachment takes the selectors to the device again.
-            self._attachment = attach(model, selectors_for(self._loaded, selectors), keep)
+            given = selectors_for(self._loaded, selectors, other_weights)
+            self._attachment = attach(model, given, keep, policy=chosen)
         elif method != "dense":
             values = set(resolve_keep(keep, len(family_of(model).layers(model))).values)
             if len(values) > 1:
                 raise AlvtsError(f"the method {method} takes one keep, not one per layer")
-            given = selectors_for(self._loaded, selectors) if method in FITTED else None
-            self._peer = make_method(method, given), values.pop()
+            fitted = None
+            if method in FITTED:
+                fitted = selectors_for(self._loaded, selectors, other_weights)
+            self._peer = make_method(method, fitted), values.pop()
 
     @torch.inference_mode()
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
