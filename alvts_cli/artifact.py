@@ -1,8 +1,8 @@
 """The file that calibration writes and every other command reads: one `.safetensors`.
 
-Tensors: `layers.{i}.` with `down`, `up`, `inner`, `outer` and, where the model's keys have them,
-`key_bias` and `key_norm` (see `engine.scoring.LayerSelector`), or in the paper's form `query`,
-`key` and, where the model's queries have one, `query_bias` (see `engine.paper.PaperSelector`);
+Tensors: `layers.{i}.` with `down`, `up` and, where the model's keys have them, `key_bias` and
+`key_norm` (see `engine.scoring.LayerSelector`), or in the paper's form `query`, `key` and, where
+the model's queries have one, `query_bias` (see `engine.paper.PaperSelector`);
 `carry.{i}.` with `down` and `up` where what is skipped can be carried (see `engine.carry.Carry`);
 and `fingerprint` `[L, 2, 16]` float32. The large ones are in the dtype the model was calibrated in:
 `attach` casts to the model's dtype anyway, so float32 for a bfloat16 model would only double the
@@ -23,9 +23,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from .engine.attaching import Selector
 from .engine.carry import Carry
 from .engine.paper import PaperSelector
+from .engine.placing import Selector
 from .engine.policy import Picked
 from .engine.scoring import LayerSelector
 from .errors import AlvtsError
@@ -313,8 +313,6 @@ def unpack_layer(prefix: str, tensors: dict[str, Tensor], eps: float, form: str)
         down=tensors.pop(f"{prefix}down"),
         up=tensors.pop(f"{prefix}up"),
         key_bias=tensors.pop(f"{prefix}key_bias", None),
-        inner=tensors.pop(f"{prefix}inner"),
-        outer=tensors.pop(f"{prefix}outer"),
         eps=eps,
         key_norm=tensors.pop(f"{prefix}key_norm", None),
     )

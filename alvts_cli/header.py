@@ -15,16 +15,16 @@ from pydantic import ConfigDict, Field, TypeAdapter, model_validator
 
 from .engine.keep import resolve_keep
 from .engine.policy import Picked, Policy
-from .engine.sizes import PLACES
 from .errors import AlvtsError
 from .files import open_regular
 from .schema import Count, Finite, Record, Whole, check, parse_json
 
-FORMAT = 4
+FORMAT = 5
 """Raised when an older alvts would misread the file. A new key it may ignore is no reason.
 
 1 had one schedule in the place of several; 1 and 2 had selectors of the paper's form; 3 had no
-policies: each layer chooses the most important tokens. All are read as what they are."""
+policies: each layer chooses the most important tokens; 3 and 4 had two more tensors a layer, for
+what visual tokens find important, which was worth nothing. All are read as what they are."""
 
 VALUES = 16
 """Values of each weight in the fingerprint."""
@@ -240,6 +240,8 @@ def _parsed(text: bytes, size: int, path: Path) -> Header:
         )
     metadata = check(Metadata, _as_newest(told, version, path), about)
     known = _known(tensors, metadata, path)
+    if version < 5:
+        known |= {f"layers.{i}.{one}" for i in range(metadata.num_layers) for one in _FORMER}
     unknown = {*(metadata.model_extra or ()), *(tensors.keys() - known)}
     large = tensors["layers.0.query" if metadata.form == "paper" else "layers.0.down"]
     return Header(metadata, _FLOATS[large.dtype], tuple(sorted(unknown)))
@@ -274,12 +276,10 @@ def _known(tensors: Mapping[str, _Tensor], metadata: Metadata, path: Path) -> se
             look(f"{of}key", (rank, width))
             look(f"{of}query_bias", (rank,), optional=True)
         else:
-            keys, units, head = (size(f"{of}{name}") for name in ("up", "inner", "key_norm"))
+            keys, head = size(f"{of}up"), size(f"{of}key_norm")
             look(f"{of}down", (rank, width))
             look(f"{of}up", (keys, rank))
             look(f"{of}key_bias", (keys,), optional=True)
-            look(f"{of}inner", (units, rank + PLACES + 1))
-            look(f"{of}outer", (units + PLACES,))
             # Each head's; all that a file alone can tell is that it divides the keys.
             whole = bool(head) and keys % head == 0
             look(f"{of}key_norm", (head if whole else keys,), optional=True)
@@ -305,6 +305,9 @@ def _as_newest(metadata: dict[str, Any], version: int, path: Path) -> dict[str, 
         raise AlvtsError(f"{path} holds selectors without a causal mask; calibrate again")
     return {"form": "paper" if version < 3 else "alvts", **metadata}
 
+
+_FORMER = ("inner", "outer")
+"""Tensors of a layer that formats 3 and 4 had besides."""
 
 _TEXTS: TypeAdapter[dict[str, str]] = TypeAdapter(dict[str, str])
 _TENSORS = TypeAdapter(dict[str, _Tensor])

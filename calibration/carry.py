@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from alvts_cli.engine import Carry, Forward, Keep, LayerSelector, Pieces, Policy
-from alvts_cli.engine.attaching import SelectorScorer
 from alvts_cli.engine.calls import POSITIONS
+from alvts_cli.engine.placing import make_scorer, place_carry, place_selectors, shared_norms
 from alvts_cli.engine.plan import make_plan
 from alvts_cli.families import family_of
 from alvts_cli.families.layer import norm_eps, norm_weight
@@ -91,10 +91,10 @@ def fit_carries(
     implementation = text_model.config._attn_implementation
     layers: Any = family.layers(model)
     norms = [layer.input_layernorm.weight for layer in layers]
-    there = [one.to(norm.device, norm.dtype) for one, norm in zip(selectors, norms, strict=True)]
-    scorer = SelectorScorer(there)
+    there = place_selectors(selectors, layers)
+    scorer = make_scorer(there, layers)
     running: list[Carry] = []
-    pieces = Pieces(POLICY, there, running)
+    pieces = Pieces(POLICY, there, running, shared_norms(layers))  # type: ignore[arg-type]
     keep = Keep((KEEP,) * len(layers))
     states = [replace(one) for one in samples]
     forwards = []
@@ -117,7 +117,7 @@ def fit_carries(
         norm = layer.input_layernorm
         down = down * norm_weight(norm).float()
         carry = Carry(down, up, norm_eps(norm)).to(device, norms[i].dtype)
-        running.append(carry)
+        running.append(place_carry(carry, norm))
         found.append(carry.to(torch.device("cpu"), norms[i].dtype))
         for one, forward in zip(states, forwards, strict=True):
             hidden, positions = on_device(layer, one)

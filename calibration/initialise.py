@@ -1,13 +1,11 @@
 """Where the fit of a layer starts: truncated SVD of its key projection, as in the paper."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from alvts_cli.engine import LayerSelector
-from alvts_cli.engine.sizes import PLACES, UNITS
 from alvts_cli.families import QueryKey
 
 # A full decomposition takes 10 s at a width of 2048 on one core, and eight times that at 4096. The
@@ -18,17 +16,14 @@ _EXACT = 1024
 
 @dataclass
 class Factors:
-    """What is fitted, float32: `W_K ~ up @ down`, with `up` `[G * d_k, R]` and `down` `[R, D]`; and
-    the network for the visual rows, `inner` `[m, R + PLACES + 1]` and `outer` `[m + PLACES]`."""
+    """What is fitted, float32: `W_K ~ up @ down`, with `up` `[G * d_k, R]` and `down` `[R, D]`."""
 
     up: Tensor
     down: Tensor
-    inner: Tensor
-    outer: Tensor
 
     def tensors(self) -> list[Tensor]:
         """What an optimiser moves."""
-        return [self.up, self.down, self.inner, self.outer]
+        return [self.up, self.down]
 
     def selector(self, projections: QueryKey) -> LayerSelector:
         """With the norm weight folded in; float32, differentiable in the factors."""
@@ -37,36 +32,27 @@ class Factors:
             down=self.down * projections.norm_weight.detach().float(),
             up=self.up,
             key_bias=None if bias is None else bias.detach().float(),
-            inner=self.inner,
-            outer=self.outer,
             eps=projections.norm_eps,
             key_norm=None if projections.k_norm is None else projections.k_norm.detach().float(),
         )
 
 
 @torch.no_grad()
-def initialise(projections: QueryKey, hidden: Tensor, rank: int, seed: int) -> Factors:
-    """Truncated SVD of the key projection; a network that knows nothing yet.
+def initialise(projections: QueryKey, hidden: Tensor, rank: int) -> Factors:
+    """Truncated SVD of the key projection.
 
     Args:
         projections: of the layer.
         hidden: inputs of the layer `[N, D]`, in front of its norm, at visual tokens. Each number
-            of the latent is scaled to a variance of 1 over them, which the network is made for.
+            of the latent is scaled to a variance of 1 over them, so that all count alike where
+            tokens are compared by it.
         rank: at most the smaller side of `W_K`.
-        seed: of the network.
     """
     up, down = factor(projections.w_k.float(), rank)
     hidden = hidden.to(down.device).float()
     states = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + projections.norm_eps)
     spread = (states * projections.norm_weight.float() @ down.T).std(dim=0).clamp(min=1e-6)
-    generator = torch.Generator().manual_seed(seed)
-    bound = 1 / math.sqrt(rank)
-    inner = (2 * torch.rand(UNITS, rank + PLACES + 1, generator=generator) - 1) * bound
-    outer = (2 * torch.rand(UNITS, generator=generator) - 1) / math.sqrt(UNITS)
-    outer = torch.cat([outer, torch.zeros(PLACES)])
-    return Factors(
-        up * spread, down / spread[:, None], inner.to(down.device), outer.to(down.device)
-    )
+    return Factors(up * spread, down / spread[:, None])
 
 
 def factor(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

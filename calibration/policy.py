@@ -49,9 +49,10 @@ the adapter it started from 56 questions, 30 layers; the same number of tokens i
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
-from alvts_cli.engine import NAMED, PAPER, Picked, Policy, Selectors
+from alvts_cli.engine import NAMED, PAPER, Picked, Selectors
 from alvts_cli.header import Trial
 from alvts_cli.spread import Group
 
@@ -62,9 +63,12 @@ RATIOS = (0.02, 0.05, 0.11, 0.33)
 
 CANDIDATES = (
     NAMED["once"],
-    Policy(every=0, quality=0.05, mass=True),
-    Policy(every=0, quality=0.6, mass=True),
+    replace(NAMED["once"], quality=0.05),
+    replace(NAMED["once"], quality=0.05, pool=True),
+    replace(NAMED["in-turn"], pool=False),
+    NAMED["in-turn"],
     PAPER,
+    replace(NAMED["every-4"], pool=False),
     NAMED["every-4"],
     NAMED["each"],
 )

@@ -68,8 +68,8 @@ def sweep(
                 result = _fit_layer(
                     family.query_key(layer),
                     # Passed on and not kept: they hold this layer's hidden states.
-                    [_target(layer, sample, i) for sample in fitted],
-                    [_target(layer, sample, i) for sample in held_out],
+                    [_target(layer, sample, i, settings.form) for sample in fitted],
+                    [_target(layer, sample, i, settings.form) for sample in held_out],
                     settings,
                     rank,
                     seed=settings.seed * len(layers) + i,
@@ -89,7 +89,7 @@ def sweep(
 _SEEN = 32
 
 
-def _target(layer: Any, sample: Captured, index: int) -> Target:
+def _target(layer: Any, sample: Captured, index: int, form: str) -> Target:
     hidden, positions = on_device(layer, sample)
     visual = sample.visual.to(hidden.device)
     projected = project(layer, hidden, positions)
@@ -103,6 +103,7 @@ def _target(layer: Any, sample: Captured, index: int) -> Target:
     query = projected.query[:, :, at.to(visual.device)].cpu()
     valid = torch.ones(1, len(at), dtype=torch.bool)
     rows = TextRows(query, projected.scaling)
+    reference = from_visual * from_text if form == "paper" else from_text
     return Target(
         sample.hidden,
         sample.positions,
@@ -111,8 +112,7 @@ def _target(layer: Any, sample: Captured, index: int) -> Target:
         rows,
         at[None],
         valid,
-        from_visual.cpu(),
-        from_text.cpu(),
+        reference.cpu(),
     )
 
 
@@ -130,7 +130,7 @@ def _fit_layer(
         selector = _stored(align(paper, projections, fitted, settings, seed), projections)
     else:
         seen = torch.cat([target.hidden[target.visual] for target in fitted[:_SEEN]])
-        start = initialise(projections, seen, rank, seed)
+        start = initialise(projections, seen, rank)
         before = _measure(_stored(start, projections), held_out, settings.keep)
         selector = _stored(align(start, projections, fitted, settings, seed), projections)
     after = _measure(selector, held_out, settings.keep)

@@ -73,22 +73,7 @@ def naive_importance(
     x = [row.double() for row in hidden]
     latent = [selector.down.double() @ (row / _length(row, selector.eps)) for row in x]
     where = [i for i in range(tokens) if visual[i]]
-    from_visual = torch.zeros(tokens, dtype=torch.float64)
-    for order, i in enumerate(where):
-        a = (order + 0.5) / len(where)
-        place = [math.log(1 - a) + 1, (a - 0.5) * 12**0.5, math.log(a) + 1]
-        numbers = [*latent[i].tolist(), *place, 1.0]
-        units = []
-        for row in selector.inner.tolist():
-            u = sum(w * n for w, n in zip(row, numbers, strict=True))
-            units.append(u * (1 + math.erf(u / 2**0.5)) / 2)
-        last = zip(selector.outer.tolist(), [*units, *place], strict=True)
-        from_visual[i] = math.exp(sum(w * n for w, n in last))
-    from_visual /= from_visual.sum().clamp(min=1e-300)
-
-    asking = [i for i in range(tokens) if text[i] and where and i > where[0]]
-    if not asking:
-        return from_visual.float()
+    asking = [i for i in range(tokens) if text[i] and where and i > where[0]] or where
     norm, query = layer.input_layernorm, layer.self_attn.q_proj
     query_norm = getattr(layer.self_attn, "q_norm", None)
     keys = []
@@ -117,7 +102,7 @@ def naive_importance(
             # The real part of a product with a conjugate is the product of the pairs.
             logits = [(own * keys[j][shared].conj()).real.sum() / size**0.5 for j in range(i + 1)]
             from_text[: i + 1] += torch.stack(logits).softmax(0) / len(heads) / len(asking)
-    return (from_visual * from_text).float()
+    return (from_text * visual).float()
 
 
 def _length(row: Tensor, eps: float) -> Tensor:
@@ -177,28 +162,41 @@ def naive_latent(hidden: Tensor, selector: Any) -> list[Tensor]:
     return [selector.down.double() @ (row / _length(row, selector.eps)) for row in x]
 
 
-def naive_diverse(importance: Tensor, latent: list[Tensor], images: list[int], q: float) -> Tensor:
-    """`q log S + log(1 - cos^2)` of every visual token, to the nearest more important one."""
+def naive_diverse(
+    importance: Tensor, latent: list[Tensor], images: list[int], policy: Policy, most: int
+) -> Tensor:
+    """What to rank visual tokens by: `S^q (1 - |cos|)`, to the nearest more important one; those
+    chosen in turn, of at most `most`, before all others."""
+    places = [i for i, image in enumerate(images) if image >= 0]
+    worth = {i: float(importance[i]) ** policy.quality for i in places}
     scores = torch.full(importance.shape, -torch.inf)
-    for i, image in enumerate(images):
-        if image < 0:
-            continue
-        nearest = 0.0
-        for j, other in enumerate(images):
-            more = (importance[j], -j) > (importance[i], -i)
-            if other == image and j != i and more:
-                nearest = max(nearest, cosine(latent[i], latent[j]) ** 2)
-        scores[i] = q * math.log(importance[i]) + math.log(max(1 - nearest, 1e-6))
+    taken: list[int] = []
+    left = dict(worth)
+
+    def alike(i: int, j: int) -> float:
+        return abs(cosine(latent[i], latent[j])) if images[i] == images[j] else 0.0
+
+    while len(taken) < min(policy.turns, most, len(places)):
+        best = max((i for i in places if i not in taken), key=lambda i: (left[i], -i))
+        scores[best] = 1e9 * (100 - len(taken))
+        taken.append(best)
+        for i in places:
+            left[i] = min(left[i], worth[i] * (1 - alike(i, best) ** 2))
+    order = left if policy.turns else {i: float(importance[i]) for i in places}
+    for i in places:
+        more = [j for j in places if j not in taken and order[j] > order[i]]
+        if i not in taken:
+            scores[i] = left[i] * (1 - max((alike(i, j) for j in more), default=0.0))
     return scores
 
 
-def naive_mass(latent: list[Tensor], images: list[int], kept: list[int]) -> dict[int, int]:
-    """How many tokens each of the `kept` ones stands for."""
-    members = {i: 1 for i in kept}
+def naive_members(latent: list[Tensor], images: list[int], kept: list[int]) -> dict[int, list[int]]:
+    """Which tokens each of the `kept` ones stands for."""
+    members = {i: [i] for i in kept}
     for i, image in enumerate(images):
         near = [j for j in kept if images[j] == image]
         if image >= 0 and i not in members and near:
-            members[max(near, key=lambda j: (cosine(latent[i], latent[j]), -j))] += 1
+            members[max(near, key=lambda j: (cosine(latent[i], latent[j]), -j))].append(i)
     return members
 
 
@@ -234,6 +232,7 @@ def reference_logits(
     with torch.no_grad():
         for i, layer in enumerate(text_model.layers):
             runs, bias, skipped = ~visual, torch.zeros(size), torch.zeros(size, dtype=torch.bool)
+            means: dict[int, Tensor] = {}
             for c, (start, end) in enumerate(chunks):
                 inside = torch.zeros(size, dtype=torch.bool)
                 inside[start:end] = True
@@ -251,7 +250,7 @@ def reference_logits(
                     )
                     latent = naive_latent(hidden[0, start:end], selectors.layers[i])
                     if policy.quality is not None:
-                        score = naive_diverse(score, latent, images, policy.quality)
+                        score = naive_diverse(score, latent, images, policy, kept[i][c])
                     held = ranked[c] = (i, score, latent)
                 mine = torch.zeros(end - start, dtype=torch.bool)
                 mine[chosen[c].get(i, range(end - start))] = True
@@ -262,13 +261,18 @@ def reference_logits(
                     rest = visual[start:end] & ~mine
                     low, high = held[1][mine].min(), held[1][rest].max()
                     assert low >= high - 1e-3 * abs(high)
-                    if policy.mass:
-                        where = mine.nonzero()[:, 0].tolist()
-                        for j, count in naive_mass(held[2], images, where).items():
-                            bias[start + j] = math.log(count)
+                    where = mine.nonzero()[:, 0].tolist()
+                    for j, those in naive_members(held[2], images, where).items():
+                        if policy.mass:
+                            bias[start + j] = math.log(len(those))
+                        if policy.pool and held[0] == i:
+                            means[start + j] = hidden[0, [start + t for t in those]].mean(dim=0)
                 runs[start:end] |= mine
                 if kept[i][c] < int(visual[start:end].sum()):
                     skipped[start:end] = visual[start:end] & ~mine
+            before = hidden.clone()
+            for t, mean in means.items():
+                hidden[0, t] = mean
             mask = torch.zeros(size, size).masked_fill(~(causal & runs), -1e9) + bias
             mask = mask[None, None]
             new = layer(
@@ -278,6 +282,7 @@ def reference_logits(
                 position_ids=None,
                 **{CACHE: None},
             )
+            hidden = before
             if policy.carry:
                 carry = selectors.carries[i]
                 for t in skipped.nonzero()[:, 0].tolist():

@@ -17,11 +17,10 @@ from alvts_cli import AlvtsError, attach
 from alvts_cli.artifact import Artifact, fingerprint, load_artifact, save_artifact
 from alvts_cli.engine import PAPER, Carry, LayerSelector, PaperSelector, Picked, Policy
 from alvts_cli.engine.paper import paper_importance
-from alvts_cli.engine.sizes import PLACES
 from alvts_cli.files import check_writable
 from alvts_cli.header import CalibrationRecord, LayerFit, Trial
 
-RANK, KEYS, UNITS = 5, 16, 6
+RANK, KEYS = 5, 16
 POLICY = Policy(every=2, quality=0.3, mass=True, carry=True)
 
 
@@ -42,8 +41,6 @@ def make_artifact(family: str = "qwen2_5_vl", **changes: Any) -> Artifact:
                 down=random(RANK, WIDTH),
                 up=random(KEYS, RANK),
                 key_bias=random(KEYS),
-                inner=random(UNITS, RANK + PLACES + 1),
-                outer=random(UNITS + PLACES),
                 eps=1e-6,
             )
             for _ in range(LAYERS)
@@ -115,9 +112,9 @@ def test_what_goes_in_comes_out(dtype: torch.dtype, tmp_path: Path) -> None:
     for carry, its_own in zip(found.carries, made.carries, strict=True):
         assert torch.equal(carry.down, its_own.down) and torch.equal(carry.up, its_own.up)
     for one, other in zip(found.layers, made.layers, strict=True):
-        assert one.down.dtype == dtype and one.inner.dtype == torch.float32
+        assert one.down.dtype == dtype
         mine, its = one.tensors(), other.tensors()
-        assert mine.keys() == its.keys() == {"down", "up", "key_bias", "inner", "outer"}
+        assert mine.keys() == its.keys() == {"down", "up", "key_bias"}
         for name, tensor in mine.items():
             assert tensor.dtype == its[name].dtype and torch.equal(tensor, its[name])
         assert one.eps == other.eps
@@ -268,8 +265,8 @@ def test_a_policy_that_carries_needs_something_to_carry_with(saved: Path) -> Non
 
 def test_another_format(saved: Path) -> None:
     tensors, _ = parts(saved)
-    rewrite(saved, tensors, {"format": 5, "unheard": "of"})
-    assert "has format 5, this alvts reads up to 4; upgrade" in refusal(saved)
+    rewrite(saved, tensors, {"format": 6, "unheard": "of"})
+    assert "has format 6, this alvts reads up to 5; upgrade" in refusal(saved)
 
 
 OLD = Path(__file__).parent / "artifacts"
@@ -284,13 +281,13 @@ RANKED = [
 """How the alvts of formats 1 and 2 ranked the visual tokens below in every layer."""
 
 
-@pytest.mark.parametrize("number", [1, 2, 3, 4])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
 def test_a_file_of_an_older_format_still_loads_and_runs(number: int) -> None:
     found = load_artifact(OLD / f"format-{number}.safetensors")
     assert found.paper == (number < 3)
     assert found.calibration.fitted == 6 and found.calibration.mean.recall_after == 0.8
-    assert bool(found.picked) == bool(found.carries) == (number == 4)
-    assert len(found.schedules) == {1: 1, 2: 2, 3: 2, 4: 0}[number]
+    assert bool(found.picked) == bool(found.carries) == (number > 3)
+    assert len(found.schedules) == {1: 1, 2: 2, 3: 2, 4: 0, 5: 0}[number]
     model = make_model("llava")
     found.check_model(model)
     with torch.no_grad(), attach(model, found, 0.25) as attachment:
@@ -476,7 +473,7 @@ def test_a_path_may_be_text(saved: Path) -> None:
 
 def test_missing_and_misshapen_tensors(saved: Path) -> None:
     tensors, metadata = parts(saved)
-    for name in ("layers.2.down", "layers.0.up", "layers.3.inner", "layers.1.outer"):
+    for name in ("layers.2.down", "layers.0.up"):
         rewrite(saved, {k: v for k, v in tensors.items() if k != name}, metadata)
         assert f"lacks the tensor '{name}'" in refusal(saved)
     rewrite(saved, {k: v for k, v in tensors.items() if k != "fingerprint"}, metadata)
@@ -489,16 +486,12 @@ def test_missing_and_misshapen_tensors(saved: Path) -> None:
     for name, shape in {
         "up": (KEYS, RANK + 1),
         "key_bias": (KEYS + 1,),
-        "inner": (UNITS, RANK + PLACES),
-        "outer": (UNITS,),
     }.items():
         rewrite(saved, {**tensors, f"layers.1.{name}": torch.ones(shape)}, metadata)
         assert f"layers.1.{name} is float32 {list(shape)}, not" in refusal(saved)
 
 
-@pytest.mark.parametrize(
-    "name", ["layers.3.down", "layers.0.key_bias", "layers.1.inner", "fingerprint"]
-)
+@pytest.mark.parametrize("name", ["layers.3.down", "layers.0.key_bias", "fingerprint"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite(name: str, value: float, saved: Path) -> None:
     tensors, metadata = parts(saved)

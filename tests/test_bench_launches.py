@@ -11,7 +11,7 @@ from alvts_cli.bench import launches
 from alvts_cli.bench.launches import Launches, Prompts, count_launches
 from alvts_cli.bench.selectors import RandomSelectors
 from alvts_cli.engine import NAMED, PAPER, PaperSelector
-from alvts_cli.engine.attaching import SelectorScorer
+from alvts_cli.engine.scorer import SelectorScorer
 from alvts_cli.shapes import shape_config
 
 SCORE = SelectorScorer.importance
@@ -114,15 +114,17 @@ def test_a_whole_prefill_is_its_layers(every, expected):
 # Over a dense layer: where it chooses, goes on, keeps no visual token; for a decoded token; and
 # once a prefill.
 LIMITS = {
-    ("llava-1.5-7b", "paper"): (24, 2, 2, 0, 61),
-    ("llava-1.5-7b", "once"): (41, 2, 2, 1, 67),
-    ("llava-1.5-7b", "each"): (43, 5, 5, 1, 67),
-    ("llava-next-mistral-7b", "paper"): (24, 2, 2, 0, 61),
-    ("llava-next-mistral-7b", "once"): (43, 4, 2, 2, 67),
-    ("llava-next-mistral-7b", "each"): (45, 7, 5, 2, 67),
-    ("qwen2.5-vl-3b", "paper"): (24, 2, 2, 0, 63),
-    ("qwen2.5-vl-3b", "once"): (43, 4, 2, 2, 69),
-    ("qwen2.5-vl-3b", "each"): (45, 7, 5, 2, 69),
+    ("llava-1.5-7b", "paper"): (18, 2, 2, 0, 44),
+    ("llava-1.5-7b", "once"): (41, 2, 2, 1, 52),
+    ("llava-1.5-7b", "in-turn"): (72, 2, 2, 1, 52),
+    ("llava-1.5-7b", "every-4"): (42, 5, 5, 1, 52),
+    ("llava-1.5-7b", "each"): (34, 5, 5, 1, 52),
+    ("llava-next-mistral-7b", "paper"): (18, 2, 2, 0, 44),
+    ("llava-next-mistral-7b", "each"): (36, 7, 5, 2, 52),
+    ("qwen2.5-vl-3b", "paper"): (18, 2, 2, 0, 46),
+    ("qwen2.5-vl-3b", "each"): (36, 7, 5, 2, 54),
+    ("qwen3-vl-2b", "paper"): (20, 2, 2, 0, 46),
+    ("qwen3-vl-2b", "each"): (38, 7, 5, 2, 54),
 }
 
 

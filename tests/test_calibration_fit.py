@@ -14,8 +14,8 @@ from tiny import FAMILIES, make_inputs, make_model, one_image
 from alvts_cli import AlvtsError, attach
 from alvts_cli.artifact import Artifact, load_artifact, save_artifact
 from alvts_cli.engine import Keep, default_rank
-from alvts_cli.engine.attaching import SelectorScorer
 from alvts_cli.engine.calls import POSITIONS
+from alvts_cli.engine.placing import make_scorer
 from alvts_cli.engine.plan import make_plan
 from alvts_cli.engine.probe import attention_importance, project
 from alvts_cli.families import QueryKey, family_of
@@ -54,19 +54,19 @@ def fit(model: Any, out: Path, resume: bool = False, **more: Any) -> Artifact:
 def test_full_rank_is_the_projection_itself(family: str) -> None:
     of = projections(make_model(family))
     hidden = torch.randn(50, of.w_k.shape[1])
-    factors = initialise(of, hidden, min(of.w_k.shape), seed=0)
+    factors = initialise(of, hidden, min(of.w_k.shape))
     torch.testing.assert_close(factors.up @ factors.down, of.w_k.detach(), rtol=0, atol=1e-5)
 
 
 def test_singular_values_are_truncated_and_the_latent_is_scaled() -> None:
     of = projections(make_model("llava"))
     hidden = torch.randn(50, of.w_k.shape[1]) * 7
-    factors = initialise(of, hidden, 7, seed=0)
+    factors = initialise(of, hidden, 7)
     found = torch.linalg.svdvals(factors.up @ factors.down)
     expected = torch.linalg.svdvals(of.w_k.detach())
     torch.testing.assert_close(found[:7], expected[:7], rtol=1e-4, atol=1e-4)
     assert found[7:].max() < 1e-5
-    # What the network gets: numbers of order one, whatever the weights are.
+    # Numbers of order one, whatever the weights are.
     states = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + of.norm_eps)
     latent = states @ factors.selector(of).down.T
     torch.testing.assert_close(latent.std(dim=0), torch.ones(7))
@@ -101,24 +101,19 @@ def test_alignment_comes_closer_to_the_reference(family: str) -> None:
     model = make_model(family)
     layer = family_of(model).layers(model)[0]
     targets = [
-        _target(layer, capture(model, make_inputs(model, one_image(family, seed))), 0)
+        _target(layer, capture(model, make_inputs(model, one_image(family, seed))), 0, "alvts")
         for seed in range(6)
     ]
     of = projections(model)
-    start = initialise(of, torch.cat([t.hidden[t.visual] for t in targets]), 4, seed=0)
+    start = initialise(of, torch.cat([t.hidden[t.visual] for t in targets]), 4)
     end = align(start, of, targets, Settings(steps=60, batch=4, learning_rate=0.01), seed=0)
 
-    def losses(factors: Any) -> list[torch.Tensor]:
+    def loss(factors: Any) -> torch.Tensor:
         selector = factors.selector(of)
-        found = [(t.means(selector), t) for t in targets]
-        return [
-            torch.cat([divergence(f[0], t.from_visual, t.visual) for f, t in found]).mean(),
-            torch.cat([divergence(f[1], t.from_text, t.visual) for f, t in found]).mean(),
-        ]
+        return torch.cat([target.measure(selector)[1] for target in targets]).mean()
 
     with torch.no_grad():
-        for before, after in zip(losses(start), losses(end), strict=True):
-            assert after < 0.7 * before
+        assert loss(end) < 0.7 * loss(start)
     assert all(weight.grad is None for weight in model.parameters())
 
 
@@ -159,7 +154,7 @@ def test_what_is_measured_is_what_runs() -> None:
     artifact = calibrate(model.bfloat16(), make_processor(), scenes(), settings)
     assert artifact.layers[0].down.dtype == torch.bfloat16
     layer = family_of(model).layers(model)[0]
-    scorer = SelectorScorer(artifact.layers)
+    scorer = make_scorer(artifact.layers, family_of(model).layers(model))
     recalls = []
     for scene in list(scenes())[:: round(1 / settings.held_out)]:
         inputs = build_inputs(make_processor(), scene.images, scene.prompt)

@@ -15,7 +15,7 @@ def naive(attention: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
     """The formula on `[1, H, T, T]`, with the heads averaged first."""
     mean = attention[0].float().mean(dim=0)
     v = visual[0]
-    return torch.where(v, mean[v].mean(dim=0) * mean[~v].mean(dim=0), 0.0)[None]
+    return torch.where(v, mean[~v].mean(dim=0), 0.0)[None]
 
 
 def reference_importance(layer: Any, sample: Captured) -> torch.Tensor:

@@ -8,12 +8,12 @@ from test_engine_reference import check_generation
 from tiny import FAMILIES, Prompt, make_inputs, make_model, make_selectors, one_image
 
 from alvts_cli import attach
-from alvts_cli.engine import normed, scorer
+from alvts_cli.engine import normed, placing, scorer
 
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch):
-    for module in (normed, scorer):
+    for module in (normed, placing, scorer):
         monkeypatch.setattr(module, "fused", lambda device: True)
 
 

@@ -17,6 +17,8 @@ POLICIES = {
     "carry": Policy(carry=True),
     "all": Policy(quality=0.3, mass=True, carry=True),
     "once": Policy(every=0, quality=0.6, mass=True),
+    "in turn": Policy(every=0, quality=0.3, turns=3, mass=True, pool=True),
+    "pooled": Policy(every=2, quality=0.3, pool=True, carry=True),
     "every2": Policy(every=2, quality=0.3, mass=True, carry=True),
 }
 KEEPS = {"ratio": 0.25, "schedule": [1.0, 0.5, 0.0, 0.25]}
@@ -139,7 +141,17 @@ def test_carry_is_refused_where_none_was_fitted():
         attach(model, make_selectors(), 0.25, policy=POLICIES["carry"])
 
 
-@pytest.mark.parametrize("wrong", [{"every": -1}, {"quality": 0.0}, {"quality": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"every": -1},
+        {"quality": 0.0},
+        {"quality": float("nan")},
+        {"turns": 3},
+        {"quality": 0.3, "turns": -1},
+        {"quality": 0.3, "turns": 10**6},
+    ],
+)
 def test_policies_out_of_range(wrong):
     with pytest.raises(AlvtsError):
         Policy(**wrong)

@@ -20,9 +20,9 @@ from alvts_cli import attach
 from alvts_cli.bench.inputs import synthetic_inputs
 from alvts_cli.bench.timing import generate
 from alvts_cli.engine import LayerSelector, Selection, cache_of, prefill_flops
-from alvts_cli.engine.probe import attention_means, check_layers, project
+from alvts_cli.engine.probe import attention_importance, check_layers, project
 from alvts_cli.engine.scene import Scene
-from alvts_cli.engine.scoring import asking, marked_places, means, text_rows
+from alvts_cli.engine.scoring import asking, importance, text_rows
 from alvts_cli.engine.selecting import positions_of
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import FAMILIES, family_of
@@ -240,25 +240,21 @@ def test_scores_are_of_the_layers_own_attention(kind):
         for layer, (hidden, kwargs) in zip(decoder(model).layers, calls, strict=True):
             positions = kwargs["position_embeddings"]
             own = project(layer, hidden, positions)
-            marked = marked_places(visual)
-            scene = Scene(visual, marked, positions, index, ids=kwargs["position_ids"])
+            scene = Scene(visual, positions, index, ids=kwargs["position_ids"])
             rows = text_rows(layer, hidden, scene)
             torch.testing.assert_close(rows.query[0], own.query[0][:, index[0]])
             assert rows.scaling == own.scaling
             about = family_of(model).query_key(layer)
             norms.add(about.k_norm is not None)
-            random = random_selector(torch.Generator().manual_seed(1), len(about.w_k), rank=WIDTH)
             whole = LayerSelector(
                 down=torch.diag(about.norm_weight),
                 up=about.w_k,
                 key_bias=about.b_k,
-                inner=random.inner,
-                outer=random.outer,
                 eps=about.norm_eps,
                 key_norm=about.k_norm,
             )
-            _, got = means(hidden, whole, rows, scene)
-            _, real = attention_means(own, visual, ~visual)
+            got = importance(hidden, whole, rows, scene)
+            real = attention_importance(own, visual, ~visual)
             # The real mean counts text in front of the image, too.
             real = real * float((~visual).sum()) / index.shape[1]
             torch.testing.assert_close(got[visual], real[visual], rtol=1e-3, atol=1e-6)

@@ -17,7 +17,7 @@ from alvts_cli import attach
 from alvts_cli.artifact import load_artifact, save_artifact
 from alvts_cli.engine import NAMED, PAPER, PaperSelector, Selection, paper_rank, prefill_flops
 from alvts_cli.engine.paper import paper_importance
-from alvts_cli.engine.probe import attention_importance, project
+from alvts_cli.engine.probe import attention_means, project
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of
 from calibration import Settings, calibrate
@@ -153,11 +153,10 @@ def test_alignment_lowers_the_squared_error_against_real_attention() -> None:
     from calibration.align import align
 
     with torch.no_grad():
-        reference = attention_importance(project(layer, hidden, (cos, sin)), visual, ~visual)
-    reference = reference.masked_fill(~visual, 0)
-    ones = torch.where(visual, 1.0, 0.0)
+        of_visual, of_text = attention_means(project(layer, hidden, (cos, sin)), visual, ~visual)
+    reference = of_visual * of_text
     rows: Any = None
-    target = Target(hidden, (cos, sin), visual, ~visual, rows, rows, rows, reference, ones)
+    target = Target(hidden, (cos, sin), visual, ~visual, rows, rows, rows, reference)
     start = initialise_paper(of, 4)
     with pytest.MonkeyPatch.context() as patched:
         # One sample needs no padding.

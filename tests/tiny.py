@@ -23,7 +23,6 @@ from transformers import (
 
 from alvts_cli.engine import PAPER, Carry, LayerSelector, PaperSelector, Picked, Policy, Selector
 from alvts_cli.engine.calls import CACHE_NAMES
-from alvts_cli.engine.sizes import PLACES
 
 torch.set_num_threads(1)
 
@@ -181,14 +180,13 @@ class Selectors:
 def random_selector(
     generator: torch.Generator, keys: int, bias: bool = False, rank: int = 3, norm: int = 0
 ) -> LayerSelector:
-    """One that tells tokens clearly apart, by what they are and by where they are.
+    """One that tells tokens clearly apart.
 
     Args:
         keys: numbers of a token's keys, all key heads together.
         bias: whether there is a `key_bias`.
         norm: size of a head where its keys have a norm.
     """
-    units = 4
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
@@ -197,8 +195,6 @@ def random_selector(
         down=random(rank, WIDTH) * 0.4,
         up=random(keys, rank) * 0.7,
         key_bias=random(keys) if bias else None,
-        inner=random(units, rank + PLACES + 1) * 0.3,
-        outer=random(units + PLACES),
         eps=1e-6,
         key_norm=1 + 0.3 * random(norm) if norm else None,
     )

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from ..engine import Carry, LayerSelector, Picked, default_carry_rank, default_rank
-from ..engine.sizes import PLACES, UNITS
 from ..families import family_of
 from ..families.layer import norm_eps
 
@@ -45,8 +44,6 @@ def random_selectors(model: Any) -> RandomSelectors:
             down=matrix(rank, config.hidden_size),
             up=matrix(projections.w_k.shape[0], rank),
             key_bias=projections.b_k,
-            inner=matrix(UNITS, rank + PLACES + 1).float(),
-            outer=matrix(1, UNITS + PLACES)[0].float(),
             eps=projections.norm_eps,
             key_norm=projections.k_norm,
         )

@@ -1,12 +1,12 @@
 """Put the selection into a model with hooks, and take it out again without a trace."""
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 from weakref import WeakSet
 
 import torch
@@ -15,44 +15,20 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 
 from ..errors import AlvtsError
 from ..families import family_of
-from ..families.layer import norm_weight, parts_of
+from ..families.layer import parts_of
 from .cache import SelectiveLayer, prepare_cache
 from .calls import cache_of, check_layer_call, check_output, warn_if_untested
-from .carry import Carry
 from .compiling import compile_decoder
 from .forward import Forward, Pieces, Scorer, Watch, no_phase
-from .keep import Keep, KeepArgument, Schedules, resolve_keep
-from .masks import check_bias, mask_style
-from .normed import fused
-from .paper import PaperSelector
+from .keep import Keep, KeepArgument, resolve_keep
+from .masks import mask_style
+from .placing import Selectors, make_pieces, make_scorer, place_selectors
 from .plan import Plan, make_plan, read_inputs
-from .policy import PAPER, Picked, Policy, policy_for
+from .policy import PAPER, Policy, policy_for
 from .probe import check_layers
-from .scorer import SelectorScorer
 from .scoring import LayerSelector
 
 _attached: WeakSet[nn.Module] = WeakSet()
-
-
-Selector = LayerSelector | PaperSelector
-"""Of one layer, in our form or in the paper's."""
-
-
-class Selectors(Protocol):
-    """What a loaded artifact offers."""
-
-    @property
-    def layers(self) -> Sequence[Selector | None]: ...
-    @property
-    def default_keep(self) -> float: ...
-    @property
-    def schedules(self) -> Schedules: ...
-    @property
-    def carries(self) -> Sequence[Carry]: ...
-    @property
-    def picked(self) -> Sequence[Picked]: ...
-    @property
-    def visual_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -134,11 +110,8 @@ def attach(
     chosen = policy
 
     def place() -> tuple[Scorer, Pieces]:
-        placed = _placed(selectors.layers, layers)
-        norms = [layer.input_layernorm for layer in layers]
-        few = fused(norms[0].weight.device)
-        scorer = SelectorScorer(placed, [norm_weight(norm) for norm in norms] if few else None)
-        return scorer, make_pieces(model, selectors, chosen, placed)
+        placed = place_selectors(selectors.layers, layers)
+        return make_scorer(placed, layers), make_pieces(model, selectors, chosen, placed)
 
     return Attachment(model, place, resolved, compile)
 
@@ -159,15 +132,6 @@ def check_whole(model: Any) -> None:
         ) from None
 
 
-def _placed(selectors: Sequence[Selector | None], layers: Any) -> Sequence[Selector | None]:
-    """Each where its layer is, in the dtype of the norm: that is never quantised."""
-    norms = [layer.input_layernorm.weight for layer in layers]
-    return [
-        selector and selector.to(norm.device, norm.dtype)
-        for selector, norm in zip(selectors, norms, strict=True)
-    ]
-
-
 def policy_of(selectors: Selectors, keep: Keep) -> Policy:
     """What calibration picked for the layer average of `keep`. A number of tokens is a share of
     those that a calibration sample has."""
@@ -175,47 +139,6 @@ def policy_of(selectors: Selectors, keep: Keep) -> Policy:
     tokens = max(1, selectors.visual_tokens)
     ratios = [min(1.0, v / tokens) if isinstance(v, int) else v for v in values]
     return policy_for(selectors.picked, sum(ratios) / len(ratios))
-
-
-def make_pieces(
-    model: Any,
-    selectors: Selectors,
-    policy: Policy,
-    placed: Sequence[Selector | None] | None = None,
-) -> Pieces:
-    """The tensors that `policy` needs, each where its layer of `model` is; `placed` are the
-    selectors where they are already.
-
-    Raises:
-        AlvtsError: the selectors do not hold them, or the attention kernel cannot weigh tokens.
-    """
-    family = family_of(model)
-    layers: Any = family.layers(model)
-    text_model: Any = family.text_model(model)
-    norms = [layer.input_layernorm.weight for layer in layers]
-    if policy.mass:
-        check_bias(text_model.config._attn_implementation)
-    compared: list[LayerSelector | None] = []
-    placed = placed or _placed(selectors.layers, layers)
-    for selector in placed if policy.compares else ():
-        if isinstance(selector, PaperSelector):
-            raise AlvtsError(
-                "selectors of the paper's form choose by importance alone; use the policy paper, "
-                "or calibrate without --form paper"
-            )
-        compared.append(selector)
-    carries: list[Carry] = []
-    if policy.carry:
-        if len(selectors.carries) != len(norms):
-            raise AlvtsError(
-                "the policy carries what is skipped, but these selectors were fitted without that; "
-                "calibrate again, or choose a policy without carry"
-            )
-        carries = [
-            carry.to(norm.device, norm.dtype)
-            for carry, norm in zip(selectors.carries, norms, strict=True)
-        ]
-    return Pieces(policy, compared, carries)
 
 
 def keep_of(selectors: Selectors, keep: KeepArgument | Keep) -> Keep:

@@ -1,24 +1,36 @@
-"""Choosing tokens that are important and unlike each other, in one shot.
+"""Choosing tokens that are important and unlike each other.
 
 The most important tokens look alike, so the `k` best of them say the same thing `k` times. A
-token's score is its importance, less what a more important token already says:
+token's worth is its importance to a power, `w(i) = S(i)^q`, and what counts is what of it another
+token does not say already. `z` is the latent of scoring, not the state itself: an eighth of its
+width or less, and as good (measured, see `calibration/policy.py`).
 
-    score(i) = q log S(i) + log(1 - max over j with S(j) > S(i) of cos(z_i, z_j)^2)
+- **At once** (`diverse`), against all that is more important, chosen or not:
 
-which needs no loop over tokens, as a greedy determinantal choice does (DivPrune, CDPruner), and
-keeps as many answers (measured, see `calibration/policy.py`). `z` is the latent of scoring, not the
-state itself: an eighth of its width or less, and as good.
+      score(i) = w(i) (1 - max over j with S(j) > S(i) of |cos(z_i, z_j)|)
+
+- **In turn** (`diverse_in_turn`): the best of what is left, then the best of what that one leaves,
+  as a greedy determinantal choice does (DivPrune, CDPruner):
+
+      next = argmax over i of w(i) (1 - max over chosen j of cos(z_i, z_j)^2)
+
+  Three launches a token, so only the first few are chosen like this, the rest at once of what they
+  leave.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .merging import sample_starts
 from .scene import Scene
 
-# What is left of a token that is exactly like a more important one. All of them have as much left,
-# whatever rounding makes of their likeness.
-_LEAST = 1e-6
+# Of a likeness: so that something is left of a token that is exactly like a more important one,
+# far more than rounding, and such tokens are ranked by their importance too.
+_MOST = 0.99999
+
+# Far above any worth.
+_FIRST = 1e9
 
 
 def diverse(importance: Tensor, states: Tensor, quality: float, scene: Scene) -> Tensor:
@@ -34,20 +46,53 @@ def diverse(importance: Tensor, states: Tensor, quality: float, scene: Scene) ->
         float32 `[B, T]`, where not visual as `Scene.fill`.
     """
     likeness = states @ states.transpose(1, 2)
-    # In place: as large as an attention matrix.
-    likeness.mul_(importance[:, None, :] > importance[:, :, None])
     apart = scene.apart()
     if apart is not None:
         likeness.masked_fill_(apart, 0)
+    return scene.fill() + _unsaid(importance.pow(quality), importance, likeness, states.shape[-1])
+
+
+def diverse_in_turn(
+    importance: Tensor, states: Tensor, quality: float, scene: Scene, turns: int
+) -> Tensor:
+    """As `diverse`, but the best `turns` are chosen in turn."""
+    batch, tokens, rank = states.shape
+    likeness = states @ states.transpose(1, 2)
+    apart = scene.apart()
+    if apart is not None:
+        likeness.masked_fill_(apart, 0)
+    worth = importance.pow(quality)
+    of = worth[:, None]
+    # `[B, T, T]`: what each token leaves of every other one; of itself next to nothing.
+    leaves = torch.addcmul(of, of, likeness.square(), value=-_MOST / rank**2)
+    leaves = leaves.flatten(0, 1)
+    # Where all is taken, it is taken again.
+    left = torch.where(scene.visual, worth, -1.0)
+    starts = sample_starts(batch, tokens, left.device)[:, 0] if batch > 1 else 0
+    taken = []
+    for _ in range(turns):
+        best = left.argmax(dim=-1)
+        taken.append(best)
+        left = torch.minimum(left, leaves.index_select(0, best + starts if batch > 1 else best))
+    scores = scene.fill() + _unsaid(left, left, likeness, rank)
+    first = torch.arange(turns * _FIRST, 0, -_FIRST, device=left.device).expand(batch, -1)
+    return scores.scatter_reduce(1, torch.stack(taken, dim=1), first, "amax")
+
+
+def _unsaid(worth: Tensor, rank_by: Tensor, likeness: Tensor, rank: int) -> Tensor:
+    """What of `worth` `[B, T]` no token says that has more to `rank_by`.
+
+    Args:
+        likeness: `[B, T, T]`, of directions; written to, for it is as large as an attention matrix.
+        rank: directions are of length `sqrt(rank)`.
+    """
+    likeness.mul_(rank_by[:, None, :] > rank_by[:, :, None])
     nearest = torch.linalg.vector_norm(likeness, ord=torch.inf, dim=-1)
-    # Directions are of length sqrt(R).
-    part = -1 / states.shape[-1] ** 2
-    new = torch.addcmul(scene.ones(), nearest, nearest, value=part).clamp_(min=_LEAST)
-    return torch.addcmul(scene.fill(), importance.pow(quality), new)
+    return torch.addcmul(worth, worth, nearest, value=-_MOST / rank)
 
 
-def directions(latent: Tensor) -> Tensor:
-    """Float32 `latent` `[B, T, R]` at length `sqrt(R)`; nothing stays nothing."""
-    latent = latent.float()
-    tiny = torch.finfo(latent.dtype).tiny
-    return functional.rms_norm(latent, latent.shape[-1:], None, tiny)
+def directions(latent: Tensor, present: Tensor) -> Tensor:
+    """Latents `[B, T, R]` at length `sqrt(R)` in float32; nothing where `present` `[B, T]` is 0."""
+    seen = latent * present[..., None]
+    tiny = torch.finfo(torch.float32).tiny
+    return functional.rms_norm(seen.float(), seen.shape[-1:], None, tiny)

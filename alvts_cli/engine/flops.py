@@ -76,8 +76,8 @@ def prefill_flops(
 
     and in every layer that runs on fewer than `T`, with carried updates of rank `C`, 4 T D C;
     with `m` text tokens that ask, `M` but at most `ROWS`; those in front of the image, which ask
-    nothing, are counted as if they did. Norms, softmax, rotary and activation functions, the few
-    units for the visual rows, the vision tower and the output head are not counted.
+    nothing, are counted as if they did. Norms, softmax, rotary and activation functions, the vision
+    tower and the output head are not counted.
 
     Args:
         text_config: of the decoder.

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from .cache import SelectiveLayer
 from .calls import POSITIONS
 from .carry import Carry, carried
-from .diversity import directions, diverse
+from .diversity import directions, diverse, diverse_in_turn
 from .masks import build_mask
-from .mass import log_mass
+from .mass import Members, find_members, pooled
 from .merging import gather_hidden, merge, rows_of, sample_starts, take_positions
 from .normed import Normed
 from .plan import Plan
@@ -56,8 +56,8 @@ Watch = Callable[[Chosen], None]
 class Scorer(Protocol):
     """A method of choosing tokens: one number per visual token, in every layer that ranks.
 
-    One that has `fills = True` puts what `Scene.fill` has where `plan.visual` is False, or 0 if
-    `plan.compares`; that saves the engine a look.
+    One that has `fills = True` puts what `Scene.fill` has where `plan.visual` is False, or anything
+    finite and not negative if `plan.compares`; that saves the engine a look.
     """
 
     def importance(
@@ -91,11 +91,16 @@ class Pieces:
         selectors: one per layer, whose latents tokens are compared by; empty where the policy
             compares none.
         carries: one per layer; empty where the policy carries nothing.
+        norms: what each layer's input RMSNorm multiplies by, `[D]`; empty where that is folded into
+            selectors and carries, see `normed.Normed`.
+        joined: `down` of selector and carry one below the other, where one product makes both.
     """
 
     policy: Policy = PAPER
     selectors: Sequence[LayerSelector | None] = ()
     carries: Sequence[Carry] = ()
+    norms: Sequence[Tensor] = ()
+    joined: Sequence[Tensor | None] = ()
 
 
 @dataclass
@@ -109,6 +114,7 @@ class _Choice:
         importance: `[B, T]`, the scores before tokens were compared; None where nobody watches.
         counts: `k` per sample that the rest is for.
         rows, layout: as `select` has them.
+        members: whom those stand for; None where that is not asked.
         bias: `[B, K]` of the logits, or None.
         positions: `(cos, sin)` at `rows`.
         mask: of the attention, where nothing is cached yet; () before it was made.
@@ -121,6 +127,7 @@ class _Choice:
     counts: tuple[int, ...] = ()
     rows: Tensor | None = None
     layout: Layout | None = None
+    members: Members | None = None
     bias: Tensor | None = None
     positions: tuple[Tensor, Tensor] | None = None
     mask: Tensor | tuple[()] | None = ()
@@ -179,7 +186,8 @@ class Forward:
         self._watch = watch
         self._choice: _Choice | None = None
         self._text: _Choice | None = None
-        self._causal: Tensor | None = None
+        self._layouts: list[tuple[tuple[int, ...], Layout]] = []
+        self._masks: list[tuple[Layout, Tensor | None]] = []
         self._running: _Running | None = None
 
     def before(
@@ -207,7 +215,7 @@ class Forward:
         if not plan.selects(i):
             return self._whole(hidden, kwargs, past)
         scene = plan.scene(kwargs[POSITIONS], kwargs.get("position_ids"))
-        plan.normed = Normed(hidden)
+        plan.normed = Normed(hidden, self._pieces.norms[i] if self._pieces.norms else None)
         choice = self._choose(i, layer, hidden, kwargs) if plan.ranks(i) else self._text_alone(i)
         if choice.counts != plan.keep_counts[i]:
             with self.phase("select"):
@@ -219,6 +227,8 @@ class Forward:
             self._watch(Chosen(i, choice.layer, index, layout.valid, choice.importance))
         with self.phase("select"):
             chosen = gather_hidden(hidden, rows)
+            if self._pieces.policy.pool and choice.layer == i and choice.members is not None:
+                chosen = pooled(chosen, hidden, choice.members, scene)
             mask = self._selected_mask(choice, chosen, past)
             self._running = self._run(i, hidden, choice, ours)
         plan.normed = None
@@ -274,6 +284,7 @@ class Forward:
         plan.compares = policy.quality is not None
         scene = plan.scene(kwargs[POSITIONS], kwargs.get("position_ids"))
         with self.phase("score"):
+            self._map_at_once(i)
             scores = self._scorer.importance(i, layer, hidden, plan, kwargs)
         choice = self._choice = _Choice(i)
         if self._watch is not None:
@@ -288,12 +299,24 @@ class Forward:
             if policy.compares:
                 selector, normed = self._pieces.selectors[i], plan.normed
                 assert selector is not None and normed is not None
-                _, seen = normed.latent(selector.down, selector.eps, scene.present())
-                choice.states = directions(seen)
-                if policy.quality is not None:
+                latent = normed.times(selector.down, selector.eps)
+                choice.states = directions(latent, scene.present())
+                if policy.turns and policy.quality is not None:
+                    turns = min(policy.turns, max(plan.keep_counts[i]))
+                    scores = diverse_in_turn(scores, choice.states, policy.quality, scene, turns)
+                elif policy.quality is not None:
                     scores = diverse(scores, choice.states, policy.quality, scene)
         choice.scores = scores
         return choice
+
+    def _map_at_once(self, i: int) -> None:
+        """One product for both low-rank maps of layer `i`, where both are wanted."""
+        pieces, normed = self._pieces, self.plan.normed
+        joined = pieces.joined[i] if pieces.joined else None
+        if joined is not None and normed is not None:
+            carry, selector = pieces.carries[i], pieces.selectors[i]
+            assert selector is not None
+            normed.times_both(joined, (selector.down, carry.down), carry.eps)
 
     def _text_alone(self, i: int) -> _Choice:
         """Nothing to rank: the same in every such layer. What was chosen before may hold again
@@ -314,17 +337,30 @@ class Forward:
         else:
             choice.rows = select(choice.scores, layout)
         choice.positions = take_positions(scene.joined(), choice.rows)
-        choice.mask, choice.bias = (), None
-        if self._pieces.policy.mass and choice.states is not None:
-            choice.bias = log_mass(choice.states, choice.rows, layout, scene, dtype)
+        choice.mask, choice.members, choice.bias = (), None, None
+        policy = self._pieces.policy
+        if (policy.mass or policy.pool) and choice.states is not None:
+            rows, states = choice.rows, choice.states
+            choice.members = find_members(states, rows, layout, scene, policy.pool)
+            choice.bias = choice.members.log(dtype) if policy.mass else None
 
     def _layout(self, i: int) -> Layout:
-        """Where the tokens of layer `i` stand, as far as their numbers decide."""
+        """Where the tokens of layer `i` stand, as far as their numbers decide; the same for all
+        layers that keep as many."""
         plan = self.plan
+        kept = plan.keep_counts[i]
+        # Not a dictionary, for which torch.compile would make constants of the numbers.
+        for counts, known in self._layouts:
+            if counts == kept and (known.drop is None or known.drop.device == plan.text.device):
+                return known
         lengths = plan.lengths(i)
         ragged = min(lengths) != max(lengths)
-        counts = plan.keep_tensor[i] + plan.text_tensor if ragged else None
-        return make_layout(plan.text, counts, max(lengths))
+        each = plan.keep_tensor[i] + plan.text_tensor if ragged else None
+        made = make_layout(plan.text, each, max(lengths))
+        empty = any(n > 0 == k for n, k in zip(plan.visual_counts, kept, strict=True))
+        layout = replace(made, empty=empty)
+        self._layouts.append((kept, layout))
+        return layout
 
     def _run(self, i: int, hidden: Tensor, choice: _Choice, ours: bool) -> _Running:
         """What the result of layer `i` is merged with."""
@@ -344,21 +380,26 @@ class Forward:
         if past is not None and past.slots:
             return self._mask(chosen, past, valid, bias, selects=True)
         if past is not None:
-            past.expect(self.plan.tokens, valid, plain=False, bias=bias)
+            # To each its own object: of one that several layers hold, torch.compile would make a
+            # rule of the graph.
+            own = None if valid is None else valid.view(valid.shape)
+            past.expect(self.plan.tokens, own, plain=False, bias=bias)
         if isinstance(choice.mask, tuple):
-            if valid is None and bias is not None:
-                choice.mask = self._causal_mask(chosen) + bias[:, None, None]
-            else:
-                choice.mask = build_mask(self._implementation, chosen, 0, valid, bias)
+            mask = self._mask_of(choice.layout, chosen, bias is not None)
+            if mask is not None and bias is not None:
+                mask = mask + bias[:, None, None]
+            choice.mask = mask
         return choice.mask
 
-    def _causal_mask(self, chosen: Tensor) -> Tensor:
-        """Additive, without a past; the same for as many tokens."""
-        made, tokens = self._causal, chosen.shape[1]
-        if made is None or made.shape[-1] != tokens or made.device != chosen.device:
-            made = self._causal = build_mask("eager", chosen, 0, None)
-            assert made is not None
-        return made
+    def _mask_of(self, layout: Layout, chosen: Tensor, adds: bool) -> Tensor | None:
+        """Of a layout, without a past; additive if something is to be added to it."""
+        for known, mask in self._masks:
+            if known is layout and (mask is None or mask.device == chosen.device):
+                return mask
+        kind = "eager" if adds else self._implementation
+        mask = build_mask(kind, chosen, 0, layout.valid)
+        self._masks.append((layout, mask))
+        return mask
 
     def _mask(
         self,

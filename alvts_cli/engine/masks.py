@@ -56,8 +56,8 @@ def build_mask(
         None wherever the implementation's own causal path is right (nothing filled, and no past
         or a single row), so that the fast kernels are used. Else for sdpa bool, for eager
         additive in the dtype of `hidden`, both `[B or 1, 1, Q, past + Q]`; for FlashAttention
-        bool `[B, past + Q]`. A fill row sees itself, so no row is empty and no nan arises. With a
-        bias, additive for sdpa too; FlashAttention has no place for one, see `check_bias`.
+        bool `[B, past + Q]`. A fill row sees itself, so no row is empty and no nan arises; a single
+        row is none. With a bias, additive for sdpa too; FlashAttention has no place for one, see `check_bias`.
     """
     style = mask_style(implementation)
     rows = hidden.shape[1]
@@ -70,11 +70,16 @@ def build_mask(
     added = None if bias is None else bias.to(hidden)[:, None, None]
     if valid is None and rows == 1:
         return added
-    key = torch.arange(past_slots + rows, device=hidden.device)
-    row = key[past_slots:, None]
-    hide = (key > row)[None, None]
-    if valid is not None:
-        hide = (hide | ~valid[:, None, None, :]) & (key != row)
+    if rows == 1 and valid is not None:
+        if style == "sdpa" and added is None:
+            return valid[:, None, None]
+        hide = ~valid[:, None, None]
+    else:
+        key = torch.arange(past_slots + rows, device=hidden.device)
+        row = key[past_slots:, None]
+        hide = (key > row)[None, None]
+        if valid is not None:
+            hide = (hide | ~valid[:, None, None]) & (key != row)
     if style == "sdpa" and added is None:
         return ~hide
     if added is None:

@@ -3,12 +3,9 @@
 from .attaching import (
     Attachment,
     Prefill,
-    Selector,
-    Selectors,
     attach,
     attach_scorer,
     keep_of,
-    make_pieces,
     policy_of,
 )
 from .cache import SelectiveLayer, prepare_cache
@@ -18,6 +15,7 @@ from .flops import PrefillFlops, Selection, kv_bytes, kv_bytes_expected, prefill
 from .forward import Chosen, Forward, Pieces, Scorer, Watch
 from .keep import Keep, KeepArgument, Schedules, Solved, resolve_keep, spend
 from .paper import PaperSelector
+from .placing import Selector, Selectors, make_pieces
 from .plan import Plan
 from .policy import NAMED, PAPER, Picked, Policy, parse_policy, policy_for
 from .scoring import LayerSelector, importance

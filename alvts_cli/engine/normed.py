@@ -1,5 +1,6 @@
 """A layer's input, normed as the layer does, for the low-rank maps that start from it."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -17,37 +18,59 @@ def fused(device: torch.device) -> bool:
 
 
 class Normed:
-    """`n(x)` of a layer's input: its RMSNorm without the weight, which the maps have folded in.
-    Made at most once a layer, whoever asks."""
+    """`n(x)` of a layer's input, its RMSNorm, for low-rank maps of it. Whatever is made of it is
+    made at most once a layer, whoever asks.
 
-    def __init__(self, hidden: Tensor) -> None:
+    On a CPU the maps have the norm's weight folded in, and the scale is applied behind them, where
+    there is less to scale. On a GPU they have not (see `unfolded`), so that one operator makes the
+    states that everybody starts from.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor | None = None) -> None:
         """
         Args:
             hidden: `[B, T, D]`, the layer's input.
+            weight: `[D]`, what the norm multiplies by; None where the maps have it folded in.
         """
         self._hidden = hidden
+        self._weight = weight
         self._made: Tensor | None = None
-        self._latent: tuple[Tensor, Tensor, Tensor] | None = None
+        self._times: list[tuple[Tensor, Tensor]] = []
 
-    def latent(self, down: Tensor, eps: float, present: Tensor) -> tuple[Tensor, Tensor]:
-        """`times`, and the same in float32, times `present` `[B, T]`."""
-        if self._latent is None or self._latent[0] is not down:
-            latent = self.times(down, eps)
-            self._latent = down, latent, latent * present[..., None]
-        return self._latent[1:]
+    def states(self, eps: float) -> Tensor:
+        """All of it, `[B, T, D]`."""
+        if self._made is None:
+            hidden = self._hidden
+            self._made = functional.rms_norm(hidden, hidden.shape[-1:], self._weight, eps)
+        return self._made
 
     def times(self, down: Tensor, eps: float) -> Tensor:
         """`V n(x)` with `down` `[R, D]`: `[B, T, R]`, float32 on a CPU and else in the dtype of
         the input."""
+        for known, made in self._times:
+            if known is down:
+                return made
         hidden = self._hidden
         if fused(hidden.device):
+            made = functional.linear(self.states(eps), down)
+        else:
             if self._made is None:
-                self._made = functional.rms_norm(hidden, hidden.shape[-1:], None, eps)
-            return functional.linear(self._made, down)
-        # Behind the map there is less to scale.
-        if self._made is None:
-            self._made = torch.rsqrt(_norm(hidden).square() / hidden.shape[-1] + eps)
-        return functional.linear(hidden, down) * self._made
+                self._made = torch.rsqrt(_norm(hidden).square() / hidden.shape[-1] + eps)
+            made = functional.linear(hidden, down) * self._made
+        self._times.append((down, made))
+        return made
+
+    def times_both(self, joined: Tensor, parts: Sequence[Tensor], eps: float) -> None:
+        """Make `times` of all `parts` `[R, D]` ready, by one product with them one below the other,
+        `joined`."""
+        made = functional.linear(self.states(eps), joined)
+        made_parts = made.split([len(part) for part in parts], dim=-1)
+        self._times += zip(parts, made_parts, strict=True)
+
+
+def unfolded(down: Tensor, weight: Tensor) -> Tensor:
+    """A map `[R, D]` without the norm's weight `[D]` that it has folded in; 0 where that is 0."""
+    return torch.where(weight == 0, 0, down.float() / weight.float()).to(down.dtype)
 
 
 def _norm(hidden: Tensor) -> Tensor:

@@ -113,8 +113,8 @@ def paper_importance(
 
 
 def paper_means(normed: Normed, selector: PaperSelector, scene: Scene) -> tuple[Tensor, Tensor]:
-    """The factors of `paper_importance` in few launches: float32 `[B, T]` each, the first one 0
-    where not visual. In a sample without text the second one ranks as the first.
+    """The factors of `paper_importance` in few launches: float32 `[B, T]` each, of all columns. In
+    a sample without text the second one ranks as the first.
 
     Args:
         normed: the layer's input.
@@ -134,4 +134,4 @@ def paper_means(normed: Normed, selector: PaperSelector, scene: Scene) -> tuple[
         means = some if means is None else means + some
     assert means is not None
     from_visual, from_text = means.unbind(dim=1)
-    return from_visual * scene.present(), from_text
+    return from_visual, from_text

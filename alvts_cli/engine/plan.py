@@ -10,7 +10,7 @@ from ..errors import AlvtsError
 from .keep import Keep
 from .normed import Normed
 from .scene import Scene
-from .scoring import asking, marked_places
+from .scoring import asking
 from .selecting import positions_of
 
 
@@ -26,15 +26,13 @@ class Plan:
         keep_counts: `[layer][sample]`, `k`; empty when there is no visual token.
         keep_tensor: the same as int64 `[L, B]`, on the device of the masks.
         text_tensor: `M` as int64 `[B]`, likewise; empty for a single token.
-        asking_index, asking_valid: `[B, M']`, the text that sees an image, as `positions_of` has
-            it, the second None where nothing is filled; empty when there is no visual token.
-        places: as `scoring.marked_places`; empty likewise.
+        asking_index, asking_valid: `[B, M']`, `scoring.asking` as `positions_of` has it, the
+            second None where nothing is filled; empty when there is no visual token.
         images: int64 `[B, T]`: of every token, how many images have begun in its sample. Visual
             tokens without a text token between them are one image. Empty likewise.
         several: whether any sample has more than one image.
         compares: whether importance is not yet what tokens are ranked by.
         normed: of the layer that is about to run.
-        parts: what a scorer has made of `places`, for all layers.
     """
 
     tokens: int
@@ -48,12 +46,10 @@ class Plan:
     text_tensor: Tensor
     asking_index: Tensor
     asking_valid: Tensor | None
-    places: Tensor
     images: Tensor
     several: bool
     compares: bool = False
     normed: Normed | None = None
-    parts: Tensor | None = None
     _scene: Scene | None = None
 
     def selects(self, layer: int) -> bool:
@@ -83,8 +79,7 @@ class Plan:
         ):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(device))
-        self.places, self.images = self.places.to(device), self.images.to(device)
-        self.parts = None if self.parts is None else self.parts.to(device)
+        self.images = self.images.to(device)
 
     def real(self) -> Tensor | None:
         """bool `[B, T]`, False at padding; None when nothing is padded."""
@@ -100,7 +95,6 @@ class Plan:
         if self._scene is None:
             self._scene = Scene(
                 self.visual,
-                self.places,
                 positions,
                 self.asking_index,
                 self.asking_valid,
@@ -147,9 +141,7 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
     if tokens == 1:
         text = torch.ones_like(visual)
         none = input_ids.new_empty(0)
-        return Plan(
-            tokens, ~text, text, False, (), (), (), none, none, none, None, none, none, False
-        )
+        return Plan(tokens, ~text, text, False, (), (), (), none, none, none, None, none, False)
     real = torch.ones_like(visual)
     if attention_mask is not None:
         real = attention_mask[:, -tokens:].to(visual.device, torch.bool)
@@ -167,12 +159,11 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
             tuple(max(keep.count(layer, n), int(n > 0 and m == 0)) for n, m in samples)
             for layer in range(len(keep.values))
         )
-    index = place = images = input_ids.new_empty(0)
+    index = images = input_ids.new_empty(0)
     valid: Tensor | None = None
     if keep_counts:
         index, filled = positions_of(rows, max(asked))
         valid = None if min(asked) == max(asked) else filled
-        place = marked_places(visual)
         images = begins.cumsum(dim=1)
     return Plan(
         tokens,
@@ -186,7 +177,6 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
         counts[1],
         index,
         valid,
-        place,
         images,
         max(begun) > 1,
     )

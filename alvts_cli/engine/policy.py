@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from ..errors import AlvtsError
 
+MOST_TURNS = 64
+"""Each is three launches."""
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -16,13 +19,18 @@ class Policy:
             first choice holds to the end.
         quality: with a number, tokens are to differ from each other too (see `diversity`): the
             exponent of importance there; None ranks by importance alone.
+        turns: so many tokens are chosen one after the other, each by what the ones before it leave
+            unsaid (see `diversity`), and only then the rest at once; 0 for none. Needs `quality`.
         mass: a kept token counts for those that it stands for (see `mass`).
+        pool: where it is chosen, a kept token becomes the mean of those that it stands for.
         carry: skipped tokens get the layer's fitted update instead of none (see `carry`).
     """
 
     every: int = 1
     quality: float | None = None
+    turns: int = 0
     mass: bool = False
+    pool: bool = False
     carry: bool = False
 
     def __post_init__(self) -> None:
@@ -34,18 +42,24 @@ class Policy:
             raise AlvtsError(f"a choice holds for 0 (all) or more layers, not {self.every}")
         if self.quality is not None and not (math.isfinite(self.quality) and self.quality > 0):
             raise AlvtsError(f"the exponent of importance must be above 0, not {self.quality}")
+        if not 0 <= self.turns <= MOST_TURNS:
+            raise AlvtsError(f"0 to {MOST_TURNS} tokens are chosen in turn, not {self.turns}")
+        if self.turns and self.quality is None:
+            raise AlvtsError("tokens are chosen in turn only where they are to differ (quality)")
 
     @property
     def compares(self) -> bool:
         """Whether tokens are compared with each other."""
-        return self.quality is not None or self.mass
+        return self.quality is not None or self.mass or self.pool
 
     def __str__(self) -> str:
         often = "once" if self.every == 0 else "in each layer"
         parts = [f"chosen {often if self.every < 2 else f'in every {self.every} layers'}"]
         if self.quality is not None:
             parts.append(f"diverse (importance^{self.quality:g})")
-        parts += [name for name in ("mass", "carry") if getattr(self, name)]
+        if self.turns:
+            parts.append(f"{self.turns} in turn")
+        parts += [name for name in ("mass", "pool", "carry") if getattr(self, name)]
         return ", ".join(parts)
 
 
@@ -56,7 +70,8 @@ PAPER = Policy()
 NAMED = {
     "paper": PAPER,
     "once": Policy(every=0, quality=0.3, mass=True),
-    "every-4": Policy(every=4, quality=0.3, mass=True, carry=True),
+    "in-turn": Policy(every=0, quality=0.3, turns=8, mass=True, pool=True),
+    "every-4": Policy(every=4, quality=0.3, mass=True, pool=True, carry=True),
     "each": Policy(every=1, quality=0.3, mass=True, carry=True),
 }
 """Policies by the names that the command line has for them."""

@@ -22,7 +22,7 @@ from ..families import family_of
 from ..families.layer import parts_of
 from .calls import POSITIONS
 from .scene import Scene
-from .scoring import asking, marked_places, rotate, text_rows
+from .scoring import asking, rotate, text_rows
 
 _NAME = "alvts_probe"
 
@@ -146,7 +146,7 @@ def check_layers(model: Any) -> None:
         try:
             reached = _reach(layer, hidden, positions, ids)
             nothing = torch.zeros_like(index, dtype=torch.bool)
-            scene = Scene(nothing, marked_places(nothing), positions, index, ids=ids)
+            scene = Scene(nothing, positions, index, ids=ids)
             rows = text_rows(layer, hidden, scene)
             keys = rotate(_heads(own.key(own.norm(hidden)), own.head_dim, own.key_norm), positions)
             if not _alike(rows.query, reached.projected.query):
@@ -227,12 +227,9 @@ def attention_importance(projected: Projected, visual: Tensor, text: Tensor) -> 
     """`S*`: the importance of every visual token in the layer's real attention.
 
         A      = mean over heads of softmax(q k^T * scaling), rows causal as in the model
-        S*(i)  = mean of A[j, i] over visual rows j  *  mean of A[j, i] over text rows j
+        S*(i)  = mean of A[j, i] over text rows j
 
-    Heads are averaged before the product, because the formula of the importance is written for one
-    attention matrix. Text rows in front of the image see no visual token; they are counted in the
-    mean as the formula says, which only scales a sample's `S*` by a constant. As in
-    `scoring.importance`, a sample whose text sees nothing has the first factor alone.
+    All text counts, not just those rows that `scoring.asking` picks.
 
     Args:
         projected: of the layer.
@@ -241,13 +238,18 @@ def attention_importance(projected: Projected, visual: Tensor, text: Tensor) -> 
     Returns:
         float32 `[B, T]`, 0 where not visual.
     """
-    from_visual, from_text = attention_means(projected, visual, text)
-    return from_visual * from_text
+    return attention_means(projected, visual, text)[1]
 
 
 def attention_means(projected: Projected, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """The two factors of `attention_importance`, each 0 where not visual; the second is 1 in a
-    sample whose text sees nothing. `heads x T x T` is never stored."""
+    """The mean of the real attention over visual rows, and that over text rows; float32 `[B, T]`
+    each, 0 where not visual. The paper's importance is their product.
+
+    Heads are averaged first, because the formula is written for one attention matrix; `heads x T x
+    T` is never stored. Text rows in front of the image see no visual token; they are counted, which
+    only scales a sample's mean by a constant. In a sample whose text sees nothing, both are that
+    over visual rows.
+    """
     _, heads, tokens, _ = projected.query.shape
     key = projected.key.repeat_interleave(heads // projected.key.shape[1], dim=1)
     rows = torch.stack([visual, text], dim=1).float()
@@ -266,5 +268,6 @@ def attention_means(projected: Projected, visual: Tensor, text: Tensor) -> tuple
             attention = logits.masked_fill_(hide, lowest).softmax(dim=-1)
             means += rows[:, :, block] @ attention
     from_visual, from_text = (means / heads).unbind(dim=1)
-    from_text = torch.where(asking(visual, text).any(dim=1, keepdim=True), from_text, 1.0)
+    alone = ~(asking(visual, text) & text).any(dim=1, keepdim=True)
+    from_text = torch.where(alone, from_visual, from_text)
     return from_visual * visual, from_text * visual

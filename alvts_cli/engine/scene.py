@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .merging import join_positions, rows_of, take_positions
 
@@ -15,7 +14,6 @@ class Scene:
 
     Attributes:
         visual: bool `[B, T]`.
-        places: as `scoring.marked_places`.
         positions: `(cos, sin)` as the layers take them, `[B or 1, T, d]`.
         index: int64 `[B, M]`, where the text that asks stands in the sequence.
         valid: bool `[B, M]`, False at the fill of shorter samples; None where there is none.
@@ -25,7 +23,6 @@ class Scene:
     """
 
     visual: Tensor
-    places: Tensor
     positions: tuple[Tensor, Tensor]
     index: Tensor
     valid: Tensor | None = None
@@ -33,8 +30,8 @@ class Scene:
     images: Tensor | None = None
     ids: Tensor | None = None
     _present: Tensor | None = field(default=None, init=False)
-    _log_present: Tensor | None = field(default=None, init=False)
-    _ones: Tensor | None = field(default=None, init=False)
+    _alone: Tensor | None = field(default=None, init=False)
+    _order: Tensor | None = field(default=None, init=False)
     _fill: Tensor | None = field(default=None, init=False)
     _apart: Tensor | None = field(default=None, init=False)
     _row_weights: Tensor | None = field(default=None, init=False)
@@ -71,17 +68,17 @@ class Scene:
             self._present = self.visual.float()
         return self._present
 
-    def log_present(self) -> Tensor:
-        """Its logarithm."""
-        if self._log_present is None:
-            self._log_present = self.present().log()
-        return self._log_present
+    def alone(self) -> Tensor:
+        """float32 `[B, T]`: next to 0 where visual, which 1 swallows; else 1."""
+        if self._alone is None:
+            self._alone = torch.where(self.visual, 2.0**-25, 1.0)
+        return self._alone
 
-    def ones(self) -> Tensor:
-        """float32 `[B, T]`."""
-        if self._ones is None:
-            self._ones = torch.ones_like(self.present())
-        return self._ones
+    def order(self) -> Tensor:
+        """int64 `[T]`, from 0."""
+        if self._order is None:
+            self._order = torch.arange(self.visual.shape[1], device=self.visual.device)
+        return self._order
 
     def fill(self) -> Tensor:
         """float32 `[B, T]`, what `selecting.select` wants beside the scores: 0 where visual, inf at
@@ -111,7 +108,7 @@ class Scene:
     def causal(self, dtype: torch.dtype) -> Tensor:
         """`[B or 1, T, T]`: what is added to the logits of all rows."""
         if self._causal is None:
-            order = torch.arange(self.visual.shape[1], device=self.visual.device)
+            order = self.order()
             unseen = (order > order[:, None])[None]
             unseen = unseen if self.real is None else unseen | ~self.real[:, None]
             # Not -inf: a padding row may have no column at all.
@@ -122,8 +119,7 @@ class Scene:
     def unseen(self) -> Tensor:
         """bool `[B, M, T]`: the tokens that a row does not attend to."""
         if self._unseen is None:
-            columns = torch.arange(self.visual.shape[1], device=self.visual.device)
-            unseen = columns > self.index[..., None]
+            unseen = self.order() > self.index[..., None]
             self._unseen = unseen if self.real is None else unseen | ~self.real[:, None]
         return self._unseen
 
@@ -131,16 +127,8 @@ class Scene:
         """float32 `[B, M]`: the part of every row in a mean; 0 at fill."""
         if self.valid is None:
             count = self.index.shape[1]
-            return torch.full(self.index.shape, 1 / max(1, count), device=self.index.device)
+            return torch.full(self.index.shape, 1 / count, device=self.index.device)
         return self.valid / self.valid.sum(dim=1, keepdim=True).clamp(min=1)
-
-    def where_asked(self, values: Tensor, otherwise: float) -> Tensor:
-        """`values` `[B, T]`, something else in samples where no text asks."""
-        if self.index.shape[1] == 0:
-            return torch.full_like(values, otherwise)
-        if self.valid is None:
-            return values
-        return values.masked_fill(~self.valid.any(dim=1, keepdim=True), otherwise)
 
     def columns(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The rotary tables as columns: `[B or 1, 1, d, T]`."""
@@ -194,10 +182,3 @@ def _together(scene: Scene, dtype: torch.dtype, groups: int, sharing: int) -> To
     if scene.valid is not None:
         weights = scene.weights().repeat(1, sharing)[:, None]
     return Together(cos, torch.cat([-first, second], dim=-1), added, weights)
-
-
-def with_marks(places: Tensor, visual: Tensor) -> Tensor:
-    """`places` `[B, T, P]` with a 1 and, where a token is not `visual`, another: `[B, T, P + 2]`,
-    so that one product adds a constant and hides what is no candidate."""
-    ones = functional.pad(places, (0, 1), value=1.0)
-    return torch.cat([ones, (~visual).float()[..., None]], dim=-1)

@@ -1,20 +1,16 @@
 """The selector of a layer at run time: importance of every visual token from the raw residual.
 
-With the layer's own attention `A`, the paper's importance is `S(i) = S_V2V(i) * S_T2V(i)`, the mean
-of `A[j, i]` over the visual rows `j` times the mean over the text rows. Both are made of one
-low-rank key: `z = V n(x)` of `R` numbers per token, with the layer's input RMSNorm `n`.
+A token is as important as the text that follows it finds it: with the layer's own attention `A`,
+`S(i)` is the mean of `A[j, i]` over text rows `j`, and over heads. It is made of low-rank keys:
+`z = V n(x)` of `R` numbers per token, with the layer's input RMSNorm `n`; the keys are `U z`, in
+the layer's own heads and with rotary positions, for the layer's own queries of a few text tokens.
+So there are `ROWS x T` logits per head, however long the text; the `T x T` attention is never made.
 
-- **Text rows.** The layer's own queries are made of a few text tokens; the keys are `U z`, in the
-  layer's own heads and with rotary positions. `ROWS x T` per head, however long the text.
-- **Visual rows.** What the image as a whole attends to shows in the token itself and in its place
-  among the others: a network of a few units makes `log S_V2V(i)` of `z` and the place. The
-  `N x N` attention is never made.
-
-The paper has low-rank queries and keys in one joint head without positions, for all rows. Measured
-in `calibration/align.py`: it is the text rows that this form cannot see.
+The paper multiplies this by the mean over visual rows, and has low-rank queries and keys in one
+joint head without positions, for all rows (see `paper`). Neither keeps more answers: see
+`calibration/align.py`.
 """
 
-import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -24,8 +20,8 @@ from torch.nn import functional
 
 from .merging import gather_hidden
 from .normed import Normed
-from .scene import Scene, Together, with_marks
-from .sizes import PLACES, ROWS
+from .scene import Scene, Together
+from .sizes import ROWS
 
 # Numbers of keys and of attention held at once, over all samples and heads: bounds memory. On a CPU
 # fewer were slower (2**15 to 2**19), more no faster.
@@ -35,14 +31,12 @@ CPU_HELD = 2**20
 
 @dataclass(frozen=True)
 class LayerSelector:
-    """The fitted selector of one layer, with `G` key heads of size `d` and `m` hidden units.
+    """The fitted selector of one layer, with `G` key heads of size `d`.
 
     Attributes:
         down: `[R, D]`, from the residual stream to `z`, the norm weight folded in.
         up: `[G * d, R]`, from `z` to the keys in front of the rotary positions.
         key_bias: `[G * d]`, of the model's own keys, or None.
-        inner: `[m, R + PLACES + 1]`, from `z`, the place and a 1 to the hidden units.
-        outer: `[m + PLACES]`, from the hidden units and the place to `log S_V2V`.
         eps: of the layer's input RMSNorm, and of the keys'.
         key_norm: `[d]`, the weight of the model's own RMSNorm of each key head, in front of the
             rotary positions; None where it has none.
@@ -51,8 +45,6 @@ class LayerSelector:
     down: Tensor
     up: Tensor
     key_bias: Tensor | None
-    inner: Tensor
-    outer: Tensor
     eps: float
     key_norm: Tensor | None = None
 
@@ -68,15 +60,13 @@ class LayerSelector:
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "LayerSelector":
         """A copy for a layer's device and dtype, laid out as a file has it, for the last bit of a
-        product depends on that. The small network stays in float32."""
+        product depends on that."""
         bias, norm = self.key_bias, self.key_norm
         return replace(
             self,
             down=self.down.to(device, dtype).contiguous(),
             up=self.up.to(device, dtype).contiguous(),
             key_bias=None if bias is None else bias.to(device, dtype),
-            inner=self.inner.to(device, torch.float32),
-            outer=self.outer.to(device, torch.float32),
             key_norm=None if norm is None else norm.to(device, dtype),
         )
 
@@ -100,44 +90,17 @@ class TextRows:
 
 
 def asking(visual: Tensor, text: Tensor) -> Tensor:
-    """The text tokens that ask for visual ones: bool `[B, T]`.
+    """The tokens that ask for visual ones: bool `[B, T]`.
 
-    Those that see one, behind the first, for the others have no part in `S_T2V` but to scale it;
-    and of more than `ROWS` so many, evenly spaced, the last among them.
+    Text that sees one, behind the first, for other text has no part in `S` but to scale it; in a
+    sample without such text, the visual tokens themselves. Of more than `ROWS` so many, evenly
+    spaced, the last among them.
     """
     seeing = text & (visual.cumsum(dim=1) > 0)
+    seeing = seeing | (visual & ~seeing.any(dim=1, keepdim=True))
     order = seeing.cumsum(dim=1)
     count = order[:, -1:].clamp(min=1)
     return seeing & (order * ROWS // count > (order - 1) * ROWS // count)
-
-
-def places(visual: Tensor) -> Tensor:
-    """Where each visual token is among those of its sample: float32 `[B, T, PLACES]`.
-
-    With `a` from 0 at the first to 1 at the last: `log(1 - a)`, `a` and `log a`, each brought to
-    mean 0 and variance 1 over an image. Causal rows make the mean of a column a matter of place.
-    """
-    order = visual.cumsum(dim=1)
-    count = order[:, -1:].clamp(min=1)
-    a = ((order - 0.5) / count).clamp(min=0.25 / count)
-    return torch.stack([(1 - a).log() + 1, (a - 0.5) * math.sqrt(12), a.log() + 1], dim=-1)
-
-
-def marked_places(visual: Tensor) -> Tensor:
-    """`places`, then 1, then 1 where a token is not visual: float32 `[B, T, PLACES + 2]`."""
-    return with_marks(places(visual), visual)
-
-
-# Not -inf: a sample without visual tokens would be nan.
-_HIDDEN = -1e30
-
-
-def place_weights(selector: LayerSelector) -> Tensor:
-    """What `marked_places` are to be multiplied with: float32 `[PLACES + 2, m + 1]`, for what they
-    add to the hidden units and, last, to `log S_V2V`. That of other tokens is lowest there."""
-    inner = functional.pad(selector.inner[:, -PLACES - 1 :].T, (0, 0, 0, 1))
-    outer = functional.pad(selector.outer[-PLACES:], (0, 1))
-    return torch.cat([inner, functional.pad(outer, (0, 1), value=_HIDDEN)[:, None]], dim=1)
 
 
 def text_rows(layer: Any, hidden: Tensor, scene: Scene) -> TextRows:
@@ -187,56 +150,25 @@ def rotate(states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def importance(hidden: Tensor, selector: LayerSelector, rows: TextRows, scene: Scene) -> Tensor:
-    """`S(i) = S_V2V(i) * S_T2V(i)` of every visual token.
+    """`S(i)` of every visual token.
 
     Args:
         hidden: `[B, T, D]`, the layer's input as it is (before its norm), any float dtype.
         selector: on the device and in the dtype of `hidden`.
-        rows: the text; a sample without any is ranked by `S_V2V` alone.
+        rows: the tokens that ask.
         scene: what is the same in every layer.
 
     Returns:
         float32 `[B, T]`, -inf where not visual. Differentiable; never waits for the device.
     """
-    from_visual, from_text = means(hidden, selector, rows, scene)
-    return (from_visual * from_text).masked_fill(~scene.visual, -torch.inf)
-
-
-def means(
-    hidden: Tensor, selector: LayerSelector, rows: TextRows, scene: Scene
-) -> tuple[Tensor, Tensor]:
-    """The two factors of `importance`, `S_V2V` and `S_T2V`: float32 `[B, T]` each.
-
-    `S_V2V` is scaled to a sum of 1, and 0 where not visual. `S_T2V` is that of all columns, and 1
-    in a sample without text.
-    """
     latent = Normed(hidden).times(selector.down, selector.eps)
-    seen = latent.float() * scene.visual[..., None]
-    part = scene.places @ place_weights(selector)
-    from_visual = visual_mean(selector, seen, part) * scene.visual
-    return from_visual, text_mean(latent.to(hidden.dtype), selector, rows, scene)
-
-
-def visual_mean(selector: LayerSelector, latent: Tensor, part: Tensor) -> Tensor:
-    """`S_V2V`, float32 `[B, T]`; next to nothing where not visual.
-
-    Args:
-        selector: of the layer.
-        latent: float32 `[B, T, R]`.
-        part: `[B, T, m + 1]`, the places' by `place_weights`.
-    """
-    units, rank = selector.inner.shape[0], latent.shape[-1]
-    part = part.flatten(0, 1)
-    inner = selector.inner[:, :rank].T
-    hidden = functional.gelu(torch.addmm(part[:, :-1], latent.flatten(0, 1), inner))
-    # float() is for autocast, which would mix precisions.
-    log = torch.addmv(part[:, -1].float(), hidden.float(), selector.outer[:units])
-    return log.view(latent.shape[:2]).softmax(dim=-1)
+    found = text_mean(latent.to(hidden.dtype), selector, rows, scene)
+    return found.masked_fill(~scene.visual, -torch.inf)
 
 
 def text_mean(latent: Tensor, selector: LayerSelector, rows: TextRows, scene: Scene) -> Tensor:
-    """`S_T2V`, float32 `[B, T]`: the mean over heads and text rows of their causal attention to
-    `latent`'s keys; 1 in a sample without text. In blocks, which bounds memory."""
+    """`S` of all columns, float32 `[B, T]`: the mean over heads and text rows of their causal
+    attention to `latent`'s keys. In blocks, which bounds memory."""
     batch, heads, count, width = rows.query.shape
     tokens = latent.shape[1]
     # Consecutive query heads share a key head.
@@ -275,43 +207,40 @@ def text_mean(latent: Tensor, selector: LayerSelector, rows: TextRows, scene: Sc
             mean = mean + (weights[:, None, None, block] @ attention).sum(dim=(1, 2))
             start += size
         group += some
-    return scene.where_asked(mean / heads, 1.0)
+    return mean / heads
 
 
 def text_sum(
     layer: Any,
-    hidden: Tensor,
+    normed: Normed,
     latent: Tensor,
     selector: LayerSelector,
     scene: Scene,
-    norm_weight: Tensor | None = None,
+    query_norm: Tensor | None,
 ) -> tuple[Tensor, int]:
     """`text_mean` of the layer's own queries in few launches: queries and keys are turned in one
     tensor, and all heads that fit into memory attend at once.
 
     Args:
         layer: a decoder layer.
-        hidden: its input `[B, T, D]`.
+        normed: its input, normed with the weight.
         latent: `[B, T, R]`, in its dtype.
         selector: of the layer.
         scene: what is the same in every layer.
-        norm_weight: `[D]`, what the layer's input RMSNorm multiplies by; None to run it as it is.
+        query_norm: `[d]`, what the RMSNorm of a query head multiplies by, if there is one.
 
     Returns:
         A sum, float32 `[B, T]`, and what it is to be divided by for the mean.
     """
-    attention, norm = layer.self_attn, layer.input_layernorm
-    width, eps = attention.head_dim, selector.eps
+    attention, width, eps = layer.self_attn, layer.self_attn.head_dim, selector.eps
     groups = selector.up.shape[0] // width
-    asking = gather_hidden(hidden, scene.rows())
-    if norm_weight is None:
-        asking = norm(asking)
-    else:
-        asking = functional.rms_norm(asking, asking.shape[-1:], norm_weight, eps)
+    asking = gather_hidden(normed.states(eps), scene.rows())
     query = attention.q_proj(asking).unflatten(-1, (groups, -1, width))
-    keys = functional.linear(latent, selector.up, selector.key_bias).unflatten(-1, (groups, width))
-    if selector.key_norm is not None:
-        query = attention.q_norm(query)
+    # Flat: of a part of a tensor, torch would add the bias by an operator of its own.
+    keys = functional.linear(latent.flatten(0, 1), selector.up, selector.key_bias)
+    keys = keys.view(*latent.shape[:2], groups, width)
+    if query_norm is not None and selector.key_norm is not None:
+        query = functional.rms_norm(query, (width,), query_norm, eps)
         keys = functional.rms_norm(keys, (width,), selector.key_norm, eps)
     scale = _scale(layer, scene)
     if scale is not None:
@@ -326,8 +255,7 @@ def text_sum(
         part = _attend(states[:, group : group + some], tables, attention.scaling)
         total = part if total is None else total + part
     assert total is not None
-    parts = groups * sharing * (1 if tables.weights is not None else max(1, query.shape[1]))
-    return scene.where_asked(total, parts), parts
+    return total, groups * sharing * (1 if tables.weights is not None else query.shape[1])
 
 
 def _attend(states: Tensor, tables: Together, scaling: float) -> Tensor:

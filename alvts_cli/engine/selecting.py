@@ -16,15 +16,19 @@ class Layout:
         length: tokens of the longest sample.
         valid: bool `[B, length]`, False at the fill of shorter samples, on the left; None where
             there is none.
+        fill: the opposite.
         lift: `[B, length]`, added to positions before they are sorted, best first; or None.
         drop: `[B or 1, length or 1]`, taken from them afterwards: what is left are rows, see
             `merging`; or None.
+        empty: whether a sample keeps none of its visual tokens.
     """
 
     length: int
     valid: Tensor | None
+    fill: Tensor | None
     lift: Tensor | None
     drop: Tensor | None
+    empty: bool = False
 
 
 def make_layout(among: Tensor, lengths: Tensor | None, length: int) -> Layout:
@@ -38,11 +42,11 @@ def make_layout(among: Tensor, lengths: Tensor | None, length: int) -> Layout:
     batch, tokens = among.shape
     starts = None if batch == 1 else sample_starts(batch, tokens, among.device)
     if lengths is None:
-        return Layout(length, None, None, None if starts is None else -starts)
+        return Layout(length, None, None, None, None if starts is None else -starts)
     order = torch.arange(length, device=lengths.device)
     lift = (order < lengths[:, None]) * tokens
     valid = order >= length - lengths[:, None]
-    return Layout(length, valid, lift, valid * tokens - (0 if starts is None else starts))
+    return Layout(length, valid, ~valid, lift, valid * tokens - (0 if starts is None else starts))
 
 
 def select(scores: Tensor, layout: Layout) -> Tensor:

@@ -1,13 +1,7 @@
 """Sizes that are fixed, or follow from a model's width."""
 
-PLACES = 3
-"""Numbers that tell a token's place (see `scoring.places`)."""
-
-UNITS = 16
-"""Hidden units of the network for the visual rows."""
-
 ROWS = 32
-"""Text tokens that attend, at most."""
+"""Tokens that ask for visual ones, at most."""
 
 
 def default_rank(hidden_size: int) -> int:
