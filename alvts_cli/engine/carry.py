@@ -2,7 +2,7 @@
 
 A token that skips layers stays as it was, and a later layer meets a state that no token has at
 that depth. Some models take no harm; in others its keys and values are poison (see
-`calibration/policy.py`). So a skipped token gets `x + U V n(x)`, with the layer's input RMSNorm
+`calibration/README.md`). So a skipped token gets `x + U V n(x)`, with the layer's input RMSNorm
 `n`: the update that the layer would have made, as far as a linear map of low rank can tell.
 """
 

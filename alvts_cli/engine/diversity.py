@@ -3,7 +3,7 @@
 The most important tokens look alike, so the `k` best of them say the same thing `k` times. A
 token's worth is its importance to a power, `w(i) = S(i)^q`, and what counts is what of it another
 token does not say already. `z` is the latent of scoring, not the state itself: an eighth of its
-width or less, and as good (measured, see `calibration/policy.py`).
+width or less, and as good (measured, see `calibration/README.md`).
 
 - **At once** (`diverse`), against all that is more important, chosen or not:
 

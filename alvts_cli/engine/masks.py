@@ -57,7 +57,8 @@ def build_mask(
         or a single row), so that the fast kernels are used. Else for sdpa bool, for eager
         additive in the dtype of `hidden`, both `[B or 1, 1, Q, past + Q]`; for FlashAttention
         bool `[B, past + Q]`. A fill row sees itself, so no row is empty and no nan arises; a single
-        row is none. With a bias, additive for sdpa too; FlashAttention has no place for one, see `check_bias`.
+        row is none. With a bias, additive for sdpa too; FlashAttention has no place for one, see
+        `check_bias`.
     """
     style = mask_style(implementation)
     rows = hidden.shape[1]

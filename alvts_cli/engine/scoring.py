@@ -8,7 +8,7 @@ So there are `ROWS x T` logits per head, however long the text; the `T x T` atte
 
 The paper multiplies this by the mean over visual rows, and has low-rank queries and keys in one
 joint head without positions, for all rows (see `paper`). Neither keeps more answers: see
-`calibration/align.py`.
+`calibration/README.md`.
 """
 
 from dataclasses import dataclass, fields, replace

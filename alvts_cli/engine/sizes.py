@@ -6,7 +6,7 @@ ROWS = 32
 
 def default_rank(hidden_size: int) -> int:
     """`R` where nobody asks for another: a quarter of the paper's (256 for a width of 4096, 128 for
-    2048), and no less than 24. Measured in `calibration/align.py`."""
+    2048), and no less than 24. Measured in `calibration/README.md`."""
     return max(24, hidden_size // 64)
 
 
@@ -17,5 +17,5 @@ def paper_rank(hidden_size: int) -> int:
 
 def default_carry_rank(hidden_size: int) -> int:
     """`R` of the carried update: a 32nd of the width, and no less than 32. What was tried
-    stands in `calibration/policy.py`; for wide models it is a guess."""
+    stands in `calibration/README.md`; for wide models it is a guess."""
     return min(hidden_size, max(32, hidden_size // 32))
