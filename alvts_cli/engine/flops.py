@@ -69,7 +69,8 @@ def prefill_flops(
         text     2 m D (H d) for the queries,  2 m T (H d) for logits,  2 m T H for their mean
 
         compare  2 N^2 R between all `N` visual tokens where they are to differ,
-                 2 T t R with those that the layer runs on where these carry a mass
+                 2 T t R with those that the layer runs on where these carry a mass or are pooled
+        pool     2 T t D for their means
 
     where a selector of the paper's form takes 4 T D R to queries and keys, and 2 R + 4 per pair of
     a row and a column it sees, for a logit and two means;
@@ -112,8 +113,10 @@ def prefill_flops(
             scoring += 2 * rows * total_tokens * heads * (head_dim + 1)
             if policy.quality is not None:
                 scoring += 2 * (total_tokens - text_tokens) ** 2 * rank
-            if policy.mass:
+            if policy.mass or policy.pool:
                 scoring += 2 * total_tokens * tokens * rank
+            if policy.pool:
+                scoring += 2 * total_tokens * tokens * width
     return PrefillFlops(layers, scoring)
 
 

@@ -261,8 +261,10 @@ def _scoring(case: Case, running: int) -> tuple[Product, ...]:
     ]
     if policy.quality is not None:
         products.append(Product(visual, rank, visual, times=batch))
-    if policy.mass:
+    if policy.mass or policy.pool:
         products.append(Product(tokens, rank, running, times=batch))
+    if policy.pool:
+        products.append(Product(running, tokens, shape.width, times=batch))
     return tuple(products)
 
 
