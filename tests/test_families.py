@@ -133,7 +133,10 @@ def check_selection(kind: str, attn: str, **prompt: Any) -> None:
 
 
 def generated(model: Any, inputs: dict[str, Any], **more: Any) -> Any:
+    words = model.config.text_config.vocab_size
     return model.generate(
+        # No token that stands for a part of a picture: some models read it otherwise in a prompt.
+        suppress_tokens=list(range(min(IMAGE, VIDEO), words)),
         **inputs,
         max_new_tokens=3,
         do_sample=False,
