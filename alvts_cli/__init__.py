@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .artifact import Artifact
     from .attaching import attach
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["AlvtsError", "Artifact", "__version__", "attach", "calibrate"]
 
 _LATER = {

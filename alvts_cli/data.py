@@ -176,6 +176,8 @@ def read_data(source: Source, count: int | None, seed: int | None) -> Reader:
             return _listed(source, path, rows, count, seed)
     elif path.suffix in (*_TEXT, ".parquet") and not path.is_file():
         raise AlvtsError(f"there is no file {path}")
+    elif path.exists() and not path.is_file():
+        raise AlvtsError(f"cannot read {path}: it is a device or a pipe; name a file or a folder")
     elif path.suffix in _TEXT:
         return _listed(source, path, _text_records(path), count, seed)
     return _set(source, count, seed)

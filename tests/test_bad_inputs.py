@@ -461,10 +461,19 @@ def test_records_that_are_none(
         ((*CHECK, "--out", "x"), "--out"),
         (("show", "--image", "@scene", "--prompt", "", "--out", "x.png"), "--prompt"),
         (("show", "--image", "@scene", "--prompt", "x", "--out", "x.gif"), "--out"),
+        (("serve", "--host", ""), "--host"),
+        (("models", "--quiet", "--verbose"), "--quiet"),
     ],
 )
 def test_options_that_do_not_go_together(line: tuple[str, ...], words: str) -> None:
     assert words in turned_down(*line, code=2)
+
+
+@pytest.mark.parametrize("data", ["/dev/zero", "/dev/stdin", "pipe"])
+@pytest.mark.parametrize("command", [EVAL, CALIBRATE], ids=lambda line: line[0])
+def test_data_that_may_never_end(command: tuple[str, ...], data: str) -> None:
+    _fifo(Path("pipe"))
+    assert "it is a device or a pipe" in turned_down(*command, "--data", data)
 
 
 # What only a process shows.

@@ -56,6 +56,8 @@ def serve(
 ) -> None:
     """Serve a model through OpenAI's chat completions, with selection. Needs alvts[serve]."""
     check_keep(keep)
+    if not host.strip():
+        raise typer.BadParameter("it is empty; 0.0.0.0 listens at all", param_hint="--host")
     if image_folder is not None and not image_folder.is_dir():
         raise typer.BadParameter(f"{image_folder} is not a folder", param_hint="--image-folder")
 
