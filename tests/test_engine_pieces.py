@@ -9,7 +9,7 @@ from test_engine_reference import check_generation, counts
 from tiny import CACHE, FAMILIES, LAYERS, Prompt, make_inputs, make_model, make_selectors, one_image
 
 from alvts_cli import AlvtsError, attach
-from alvts_cli.engine import Policy, cache_of, make_pieces
+from alvts_cli.engine import NAMED, Policy, cache_of, make_pieces
 
 POLICIES = {
     "diverse": Policy(quality=0.3),
@@ -91,6 +91,31 @@ def test_a_second_image_in_a_later_turn(policy):
 
 
 @every_policy
+def test_an_image_between_turns_of_words(policy):
+    """What was cached before it has no bias and no gaps; what comes behind it meets both."""
+    model = make_model("llava")
+    selectors = make_selectors(policy=policy)
+    words, image = torch.tensor([[1, 40, 41, 42, 43]]), make_inputs(model, one_image("llava"))
+    last = torch.tensor([[11, 12, 13]])
+    ids = torch.cat([words, image["input_ids"], last], dim=1)
+    start, end = words.shape[1], words.shape[1] + image["input_ids"].shape[1]
+    with torch.no_grad(), attach(model, selectors, keep=0.25) as attachment:
+        out = model(input_ids=words)
+        with watch_selection() as chosen:
+            seen = torch.ones_like(ids[:, :end])
+            out = model(**{**image, "attention_mask": seen}, **{CACHE: cache_of(out)})
+        kept = counts(attachment, [0])
+        behind = model(
+            input_ids=last, attention_mask=torch.ones_like(ids), **{CACHE: cache_of(out)}
+        ).logits[0]
+    whole = {"input_ids": ids, "pixel_values": image["pixel_values"]}
+    whole["attention_mask"] = torch.ones_like(ids)
+    expected = reference_logits(model, whole, selectors, kept, [(start, end)], chosen, policy)
+    torch.testing.assert_close(out.logits[0], expected[start:end], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(behind, expected[end:], rtol=1e-4, atol=1e-4)
+
+
+@every_policy
 def test_keeping_everything_is_dense_bit_for_bit(policy):
     model = make_model("llava")
     inputs = make_inputs(model, one_image("llava"))
@@ -155,3 +180,13 @@ def test_carry_is_refused_where_none_was_fitted():
 def test_policies_out_of_range(wrong):
     with pytest.raises(AlvtsError):
         Policy(**wrong)
+
+
+def test_named_policies():
+    assert {name: str(policy) for name, policy in NAMED.items()} == {
+        "paper": "chosen in each layer",
+        "once": "chosen once, diverse (importance^0.3), mass",
+        "in-turn": "chosen once, diverse (importance^0.3), 8 in turn, mass, pool",
+        "every-4": "chosen in every 4 layers, diverse (importance^0.3), mass, pool, carry",
+        "each": "chosen in each layer, diverse (importance^0.3), mass, carry",
+    }
