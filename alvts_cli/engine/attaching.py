@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 from weakref import WeakSet
 
 import torch
@@ -26,9 +26,15 @@ from .placing import Selectors, make_pieces, make_scorer, place_selectors
 from .plan import Plan, make_plan, read_inputs
 from .policy import PAPER, Policy, policy_for
 from .probe import check_layers
+from .regions import Regions
 from .scoring import LayerSelector
 
 _attached: WeakSet[nn.Module] = WeakSet()
+
+
+AUTO = "auto"
+Compile = bool | Mapping[str, Any] | Literal["auto"]
+"""How an attached model is compiled, see `attach`."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ def attach(
     keep: KeepArgument | Keep = None,
     *,
     policy: Policy | None = None,
-    compile: bool | Mapping[str, Any] = False,
+    compile: Compile = False,
 ) -> "Attachment":
     """Make `model` select its visual tokens in every layer, until the attachment is detached.
 
@@ -74,7 +80,8 @@ def attach(
         policy: which pieces are in use; None takes what calibration picked for this `keep`.
         compile: run the decoder's selecting prefill, and single tokens behind it, through
             `torch.compile`, without graph breaks (see `compiling`); True, or keyword arguments of
-            `torch.compile`.
+            `torch.compile`. "auto": scoring and selecting alone (see `regions`), and uncompiled,
+            with a warning, where torch cannot compile for the device.
 
     Raises:
         AlvtsError: unknown architecture, sliding windows, an unknown attention implementation,
@@ -200,7 +207,7 @@ class Attachment:
         model: Any,
         place: Callable[[], tuple[Scorer, Pieces]],
         keep: Keep,
-        compile: bool | Mapping[str, Any] = False,
+        compile: Compile = False,
     ) -> None:
         """
         Args:
@@ -233,7 +240,8 @@ class Attachment:
         self.phase: Callable[[str], AbstractContextManager[object]] = no_phase
         self.watch: Watch | None = None
         # torch.compile loses what is written to a state of a thread.
-        self._state = _StateOfThread() if compile is False else _State()
+        whole = compile not in (False, AUTO)
+        self._state = _State() if whole else _StateOfThread()
         layers: Any = family.layers(model)
         self._layers = layers
         self._num_layers = len(layers)
@@ -242,7 +250,8 @@ class Attachment:
         self._scorer, self._pieces = place()
 
         self._uncompile: Callable[[], None] | None = None
-        if compile is not False:
+        self._regions = Regions({}) if compile == AUTO else None
+        if isinstance(compile, Mapping) or compile is True:
             options = {} if compile is True else compile
             self._uncompile = compile_decoder(
                 text_model, self._plan_to_compile, self._set_plan, options
@@ -328,6 +337,7 @@ class Attachment:
             self.phase,
             self.watch,
         )
+        self._state.forward.regions = self._regions
 
     def _before_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
