@@ -12,6 +12,7 @@ from alvts_cli.engine.calls import POSITIONS
 from alvts_cli.engine.masks import build_mask
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of
+from alvts_cli.families.placing import where
 
 
 @dataclass
@@ -109,7 +110,7 @@ def run_layer(
     layer: Any, implementation: str, hidden: Tensor, positions: tuple[Tensor, Tensor]
 ) -> Tensor:
     """The output `[B, T, D]` of `layer` for `hidden` of that shape, on the layer's device."""
-    device = layer.input_layernorm.weight.device
+    device = where(layer.input_layernorm)[0]
     hidden, (cos, sin) = hidden.to(device), positions
     # For layers that scale their queries by them.
     ids = torch.arange(hidden.shape[1], device=device)[None]
@@ -125,6 +126,6 @@ def run_layer(
 
 def on_device(layer: Any, sample: Captured) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`sample`'s hidden states and positions on the device of `layer`."""
-    device = layer.input_layernorm.weight.device
+    device = where(layer.input_layernorm)[0]
     cos, sin = sample.positions
     return sample.hidden.to(device), (cos.to(device), sin.to(device))

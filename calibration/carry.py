@@ -17,6 +17,7 @@ from alvts_cli.engine.placing import make_scorer, place_carry, place_selectors, 
 from alvts_cli.engine.plan import make_plan
 from alvts_cli.families import family_of
 from alvts_cli.families.layer import norm_eps, norm_weight
+from alvts_cli.families.placing import where
 
 from .capture import Captured, on_device, run_layer
 
@@ -90,7 +91,7 @@ def fit_carries(
     text_model: Any = family.text_model(model)
     implementation = text_model.config._attn_implementation
     layers: Any = family.layers(model)
-    norms = [layer.input_layernorm.weight for layer in layers]
+    places = [where(layer.input_layernorm) for layer in layers]
     there = place_selectors(selectors, layers)
     scorer = make_scorer(there, layers)
     running: list[Carry] = []
@@ -104,7 +105,8 @@ def fit_carries(
         forwards.append(Forward(plan, scorer, pieces, implementation))
     found = []
     for i, layer in enumerate(layers):
-        width, device = norms[i].shape[0], norms[i].device
+        device, dtype = places[i]
+        width = len(layer.input_layernorm.weight)
         empty = torch.zeros(width, width, device=device)
         sums = _Sums(empty, empty.clone())
         for one in states:
@@ -116,9 +118,9 @@ def fit_carries(
         down, up = sums.solve(min(rank, width))
         norm = layer.input_layernorm
         down = down * norm_weight(norm).float()
-        carry = Carry(down, up, norm_eps(norm)).to(device, norms[i].dtype)
+        carry = Carry(down, up, norm_eps(norm)).to(device, dtype)
         running.append(place_carry(carry, norm))
-        found.append(carry.to(torch.device("cpu"), norms[i].dtype))
+        found.append(carry.to(torch.device("cpu"), dtype))
         for one, forward in zip(states, forwards, strict=True):
             hidden, positions = on_device(layer, one)
             ids = torch.arange(hidden.shape[1], device=device)[None]

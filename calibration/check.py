@@ -14,6 +14,7 @@ from alvts_cli.engine.probe import check_layers
 from alvts_cli.errors import AlvtsError
 from alvts_cli.evaluate.bootstrap import Bootstrap, Interval
 from alvts_cli.families import family_of
+from alvts_cli.families.placing import input_device
 from alvts_cli.header import Trial
 from alvts_cli.prompts import build_inputs
 from alvts_cli.spread import Group
@@ -151,7 +152,7 @@ def check(
             watch.skipped(broken[-1])
             continue
         if group.mine(count):
-            inputs = inputs.to(model.device, model.dtype)
+            inputs = inputs.to(input_device(model), model.dtype)
             answers.append(answered(model, inputs, answer_tokens))
         count += 1
         watch.sample(count)

@@ -16,6 +16,7 @@ from alvts_cli.engine import Carry, default_carry_rank, default_rank, paper_rank
 from alvts_cli.engine.probe import check_layers
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of
+from alvts_cli.families.placing import input_device
 from alvts_cli.header import CalibrationRecord, LayerFit
 from alvts_cli.prompts import build_inputs
 from alvts_cli.spread import Group
@@ -215,7 +216,7 @@ def _capture_all(
         try:
             # The prompt alone, without the answer: it is what prefill sees in use.
             inputs = build_inputs(processor, sample.images, sample.prompt, longest)
-            inputs = inputs.to(model.device, model.dtype)
+            inputs = inputs.to(input_device(model), model.dtype)
             (held_out if measures else fitted).append(capture(model, inputs))
         except AlvtsError as error:
             broken.append(f"{sample.id}: {error}")

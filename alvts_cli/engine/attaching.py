@@ -16,6 +16,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from ..errors import AlvtsError
 from ..families import family_of
 from ..families.layer import parts_of
+from ..families.placing import is_offloaded, where
 from .cache import SelectiveLayer, prepare_cache
 from .calls import cache_of, check_layer_call, check_output, warn_if_untested
 from .compiling import compile_decoder
@@ -227,10 +228,10 @@ class Attachment:
         self._keep = keep
         mask_style(self._config._attn_implementation)
         check_layers(model)
-        if any(weight.device.type == "meta" for weight in self._backbone.parameters()):
+        if compile is not False and is_offloaded(model):
             raise AlvtsError(
-                "part of the model is offloaded, which alvts does not support; "
-                "load the model whole, on one or more devices"
+                "part of the model is offloaded, and what fetches it cannot be compiled; attach "
+                "without compile"
             )
         if self._backbone in _attached:
             raise AlvtsError("alvts is attached to this model already; detach it first")
@@ -318,8 +319,7 @@ class Attachment:
 
     def _where(self) -> list[tuple[torch.device, torch.dtype]]:
         """Of every layer; its norm is never quantised."""
-        weights = [layer.input_layernorm.weight for layer in self._layers]
-        return [(weight.device, weight.dtype) for weight in weights]
+        return [where(layer.input_layernorm) for layer in self._layers]
 
     def _plan_to_compile(self) -> Plan | None:
         """The running forward's plan if it selects or decodes, and nobody watches."""
@@ -390,7 +390,7 @@ class Attachment:
             )
         plan = forward.plan
         # A model spread over devices hands a layer what the device before computed.
-        hidden = hidden.to(layer.input_layernorm.weight.device)
+        hidden = hidden.to(where(layer.input_layernorm)[0])
         selects = plan.selects(i)
         check_layer_call(args, kwargs, plan.tokens, selects)
         past = self._cache_layer(i, cache_of(kwargs))

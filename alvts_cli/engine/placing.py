@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import AlvtsError
 from ..families import family_of
 from ..families.layer import norm_weight, parts_of
+from ..families.placing import where
 from .carry import Carry
 from .forward import Pieces
 from .keep import Schedules
@@ -47,8 +48,8 @@ def place_selectors(selectors: Sequence[Selector | None], layers: Any) -> Sequen
     placed: list[Selector | None] = []
     for selector, layer in zip(selectors, layers, strict=True):
         norm = layer.input_layernorm
-        one = selector and selector.to(norm.weight.device, norm.weight.dtype)
-        if one is not None and fused(norm.weight.device):
+        one = selector and selector.to(*where(norm))
+        if one is not None and fused(where(norm)[0]):
             weight = norm_weight(norm)
             if isinstance(one, PaperSelector):
                 query, key = (unfolded(down, weight) for down in (one.query, one.key))
@@ -61,8 +62,8 @@ def place_selectors(selectors: Sequence[Selector | None], layers: Any) -> Sequen
 
 def place_carry(carry: Carry, norm: Any) -> Carry:
     """The same for the update of the layer that begins with `norm`."""
-    placed = carry.to(norm.weight.device, norm.weight.dtype)
-    if not fused(norm.weight.device):
+    placed = carry.to(*where(norm))
+    if not fused(where(norm)[0]):
         return placed
     return replace(placed, down=unfolded(placed.down, norm_weight(norm)))
 
@@ -71,7 +72,7 @@ def shared_norms(layers: Any) -> Sequence[Tensor]:
     """What each layer's input RMSNorm multiplies by, `[D]`, where the maps have not folded it in;
     else nothing."""
     norms = [layer.input_layernorm for layer in layers]
-    return [norm_weight(norm) for norm in norms] if fused(norms[0].weight.device) else ()
+    return [norm_weight(norm) for norm in norms] if fused(where(norms[0])[0]) else ()
 
 
 def make_scorer(placed: Sequence[Selector | None], layers: Any) -> SelectorScorer:

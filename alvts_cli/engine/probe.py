@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 from ..errors import AlvtsError
 from ..families import family_of
 from ..families.layer import parts_of
+from ..families.placing import where
 from .calls import POSITIONS
 from .scene import Scene
 from .scoring import asking, rotate, text_rows
@@ -99,7 +100,7 @@ def project(layer: Any, hidden: Tensor, positions: tuple[Tensor, Tensor]) -> Pro
 def _reach(
     layer: Any, hidden: Tensor, positions: tuple[Tensor, Tensor], position_ids: Tensor
 ) -> _Reached:
-    device = layer.input_layernorm.weight.device
+    device, _ = where(layer.input_layernorm)
     cos, sin = positions
     with _stopping(layer.self_attn.config):
         try:
@@ -136,10 +137,10 @@ def check_layers(model: Any) -> None:
     layers: Any = family.layers(model)
     for i, layer in enumerate(layers):
         own = parts_of(layer)
-        weight = own.norm.weight
-        hidden = torch.randn(1, 2, len(weight), generator=generator).to(weight)
-        positions = angle.cos().to(weight), angle.sin().to(weight)
-        index = torch.arange(2, device=weight.device)[None]
+        device, dtype = where(own.norm)
+        hidden = torch.randn(1, 2, len(own.norm.weight), generator=generator).to(device, dtype)
+        positions = angle.cos().to(hidden), angle.sin().to(hidden)
+        index = torch.arange(2, device=device)[None]
         # Far enough apart that a scale by position shows.
         ids = 10**6 * index
         why = None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..errors import AlvtsError
 from .layer import QueryKey, describe
 from .layout import Prompt, View, frame_views, grids, image_views
+from .placing import check_placing
 from .quantised import check_quantised
 
 CAUSAL = "causal"
@@ -99,11 +100,12 @@ class Family:
         """Refuse what the method cannot run on.
 
         Raises:
-            AlvtsError: weights that cannot be read (see `quantised`), or a layer that attends
-                through a sliding window. A window is counted in tokens, and a layer that holds a
-                selection no longer has all of them.
+            AlvtsError: weights that cannot be read (see `quantised` and `placing`), or a layer that
+                attends through a sliding window. A window is counted in tokens, and a layer that
+                holds a selection no longer has all of them.
         """
         check_quantised(model.config)
+        check_placing(model)
         config = self.text_model(model).config
         layer_types = getattr(config, "layer_types", None)
         if layer_types is None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AlvtsError
+from .placing import stored, where
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,9 @@ def describe(layer: Any) -> QueryKey:
     q_norm, k_norm = (None if head is None else norm_weight(head) for head in heads)
     return QueryKey(
         w_q=w_q,
-        b_q=parts.query.bias,
+        b_q=stored(parts.query, "bias"),
         w_k=w_k,
-        b_k=parts.key.bias,
+        b_k=stored(parts.key, "bias"),
         num_heads=w_q.shape[0] // parts.head_dim,
         num_kv_heads=w_k.shape[0] // parts.head_dim,
         head_dim=parts.head_dim,
@@ -129,10 +130,10 @@ def matrix_of(projection: Any) -> Tensor:
     Raises:
         AlvtsError: it is quantised in a way that is not known.
     """
-    weight: Any = getattr(projection, "weight", None)
     if not is_quantised(projection):
-        plain: Tensor = weight
+        plain: Tensor = stored(projection)
         return plain
+    weight: Any = getattr(projection, "weight", None)
     # On a CPU, bitsandbytes packs its 4 bits anew at the first forward, and the library's own
     # functions then read nonsense.
     if type(weight).__name__ == "Params4bit":
@@ -156,9 +157,10 @@ def matrix_of(projection: Any) -> Tensor:
 
 def _by_unit_vectors(projection: Any, dtype: torch.dtype) -> Tensor:
     """The matrix `[out, in]` of a projection by what it does to every unit vector of `dtype`."""
-    units = torch.eye(projection.in_features, device=projection.weight.device, dtype=dtype)
+    units = torch.eye(projection.in_features, device=where(projection)[0], dtype=dtype)
     made: Tensor = projection(units)
-    return (made if projection.bias is None else made - projection.bias).T
+    bias = stored(projection, "bias")
+    return (made if bias is None else made - bias.to(made)).T
 
 
 def norm_eps(norm: Any) -> float:
@@ -183,7 +185,7 @@ def norm_weight(norm: Any) -> Tensor:
     Raises:
         AlvtsError: it does something else.
     """
-    weight: Tensor = norm.weight
+    weight: Tensor = stored(norm).to(where(norm)[0])
     made = norm(torch.ones_like(weight)).float()
     for scale in (weight, 1 + weight):
         if torch.allclose(made, scale.detach().float(), rtol=1e-2, atol=1e-4):

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ..engine import Plan
 from ..engine.probe import Projected
+from ..families.placing import where
 from .base import PruneOnce, full_layers, nearest, pruned_once
 
 PIVOTS = 4
@@ -42,7 +43,7 @@ class Dart(PruneOnce):
         norms = before.key.float().abs().sum(dim=(1, 3)).to(hidden.device)
         norm = self.text_model.norm
         # In a model spread over devices, the final norm is not where the early layers are.
-        states = norm(hidden.to(norm.weight.device)).to(hidden.device)
+        states = norm(hidden.to(where(norm)[0])).to(hidden.device)
         states = torch.nn.functional.normalize(states.float(), dim=-1)
         scores = torch.full_like(norms, -torch.inf)
         for b, count in enumerate(counts):
