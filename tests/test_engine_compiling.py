@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from alvts_cli import attach
 from alvts_cli.engine import Solved, cache_of, keep_of
-from alvts_cli.engine.attaching import SelectorScorer
+from alvts_cli.engine.scorer import SelectorScorer
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, TextColumn
 from rich.table import Table
 
 from calibration import Source, Watch, read_data
@@ -16,7 +16,7 @@ from ..files import check_writable, is_stdout, write_whole
 from ..hub import selectors_file
 from ..models import load_model
 from ..spread import join
-from ..terminal import console, say
+from ..terminal import bars, console, say
 from .options import print_skipped
 
 CHECK_NOTE = (
@@ -67,15 +67,11 @@ def check_selectors(
     loaded = load_model(subject.model, subject.device, subject.dtype, subject.trust_remote_code)
     artifact.check_model(loaded.model, loaded.name, other_weights=True)
     words = console(error=True)
-    words.quiet = not group.first
+    words.quiet = words.quiet or not group.first
     refused: list[str] = []
-    with Progress(
-        *(TextColumn("answers"), BarColumn(), TextColumn("{task.fields[done]}")),
-        console=words,
-        transient=True,
-        disable=not words.is_terminal or not group.first,
-    ) as progress:
-        task = progress.add_task("", total=samples, done="")
+    of = TextColumn("{task.fields[done]}")
+    with bars(words, TextColumn("answers"), BarColumn(), of) as progress:
+        task = progress.add_task("answers", total=samples, done="")
         watch = Watch(
             sample=lambda count: progress.update(
                 task, completed=count, done=f"{count} of {samples}"
