@@ -34,10 +34,10 @@ _FIRST = 1e9
 
 
 def diverse(importance: Tensor, states: Tensor, quality: float, scene: Scene) -> Tensor:
-    """Scores to rank visual tokens by, in the place of their importance: `exp` of the above.
+    """Scores to rank visual tokens by, in the place of their importance.
 
     Args:
-        importance: float32 `[B, T]`, 0 where not visual.
+        importance: float32 `[B, T]`, finite and not negative, whatever is not visual too.
         states: as `directions`, 0 where not visual.
         quality: `q`.
         scene: says of which image a token is: those of different ones are not compared.
@@ -55,7 +55,8 @@ def diverse(importance: Tensor, states: Tensor, quality: float, scene: Scene) ->
 def diverse_in_turn(
     importance: Tensor, states: Tensor, quality: float, scene: Scene, turns: int
 ) -> Tensor:
-    """As `diverse`, but the best `turns` are chosen in turn."""
+    """As `diverse`, but the first `turns` are chosen in turn, and score above all others, the first
+    of them most. A sample with fewer visual tokens has all of them chosen so."""
     batch, tokens, rank = states.shape
     likeness = states @ states.transpose(1, 2)
     apart = scene.apart()
