@@ -90,9 +90,10 @@ def test_the_twin_has_the_weights_but_nothing_of_the_hooks(counter):
     assert "forward" not in vars(decoder)
 
 
-def test_a_compiler_that_fails_is_one_line(monkeypatch):
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/c++"))
-    line = refused(*bench("--compile"))
+def test_a_compiler_that_fails_is_one_line():
+    # Not monkeypatch, which would take the setting away for good.
+    with torch._inductor.config.patch({"cpp.cxx": (None, "/nowhere/c++")}):
+        line = refused(*bench("--compile"))
     assert line.startswith("error: torch.compile failed: ")
     assert "/nowhere/c++" in line and "--compile" in line
 
