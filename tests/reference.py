@@ -163,10 +163,10 @@ def naive_latent(hidden: Tensor, selector: Any) -> list[Tensor]:
 
 
 def naive_diverse(
-    importance: Tensor, latent: list[Tensor], images: list[int], policy: Policy, most: int
+    importance: Tensor, latent: list[Tensor], images: list[int], policy: Policy
 ) -> Tensor:
     """What to rank visual tokens by: `S^q (1 - |cos|)`, to the nearest more important one; those
-    chosen in turn, of at most `most`, before all others."""
+    chosen in turn before all others."""
     places = [i for i, image in enumerate(images) if image >= 0]
     worth = {i: float(importance[i]) ** policy.quality for i in places}
     scores = torch.full(importance.shape, -torch.inf)
@@ -176,7 +176,7 @@ def naive_diverse(
     def alike(i: int, j: int) -> float:
         return abs(cosine(latent[i], latent[j])) if images[i] == images[j] else 0.0
 
-    while len(taken) < min(policy.turns, most, len(places)):
+    while len(taken) < min(policy.turns, len(places)):
         best = max((i for i in places if i not in taken), key=lambda i: (left[i], -i))
         scores[best] = 1e9 * (100 - len(taken))
         taken.append(best)
@@ -250,7 +250,7 @@ def reference_logits(
                     )
                     latent = naive_latent(hidden[0, start:end], selectors.layers[i])
                     if policy.quality is not None:
-                        score = naive_diverse(score, latent, images, policy, kept[i][c])
+                        score = naive_diverse(score, latent, images, policy)
                     held = ranked[c] = (i, score, latent)
                 mine = torch.zeros(end - start, dtype=torch.bool)
                 mine[chosen[c].get(i, range(end - start))] = True

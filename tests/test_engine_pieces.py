@@ -10,6 +10,10 @@ from tiny import CACHE, FAMILIES, LAYERS, Prompt, make_inputs, make_model, make_
 
 from alvts_cli import AlvtsError, attach
 from alvts_cli.engine import NAMED, Policy, cache_of, make_pieces
+from alvts_cli.engine.diversity import directions
+from alvts_cli.engine.mass import find_members, pooled
+from alvts_cli.engine.scene import Scene
+from alvts_cli.engine.selecting import make_layout
 
 POLICIES = {
     "diverse": Policy(quality=0.3),
@@ -190,3 +194,21 @@ def test_named_policies():
         "every-4": "chosen in every 4 layers, diverse (importance^0.3), mass, pool, carry",
         "each": "chosen in each layer, diverse (importance^0.3), mass, carry",
     }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kept_tokens_that_are_all_alike_stay_what_they_are(dtype):
+    """One of them stands for all; the others for none, and are not lost."""
+    visual = torch.tensor([[False, True, True, True, False]])
+    tables = torch.ones(1, 5, 2), torch.zeros(1, 5, 2)
+    scene = Scene(visual, tables, torch.tensor([[4]]))
+    states = directions(torch.ones(1, 5, 3), scene.present())
+    rows = torch.tensor([[0, 1, 2, 4]])
+    members = find_members(states, rows, make_layout(visual, None, 4), scene, targets=True)
+    assert sorted(members.count[0].round().tolist()) == [0, 1, 1, 3]
+    hidden = torch.arange(10, dtype=dtype).view(1, 5, 2)
+    found = pooled(hidden[:, rows[0]], hidden, members, scene)[0]
+    assert torch.equal(found[[0, 3]], hidden[0, [0, 4]])
+    alone = int(members.count[0, 1:3].argmin()) + 1
+    assert torch.equal(found[alone], hidden[0, alone])
+    torch.testing.assert_close(found[3 - alone], hidden[0, 1:4].mean(dim=0), rtol=0.01, atol=0)

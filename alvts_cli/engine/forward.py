@@ -305,8 +305,9 @@ class Forward:
                 latent = normed.times(selector.down, selector.eps)
                 choice.states = directions(latent, scene.present())
                 if policy.turns and policy.quality is not None:
-                    turns = min(policy.turns, max(plan.keep_counts[i]))
-                    scores = diverse_in_turn(scores, choice.states, policy.quality, scene, turns)
+                    scores = diverse_in_turn(
+                        scores, choice.states, policy.quality, scene, policy.turns
+                    )
                 elif policy.quality is not None:
                     scores = diverse(scores, choice.states, policy.quality, scene)
         choice.scores = scores

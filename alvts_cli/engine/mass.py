@@ -86,5 +86,7 @@ def pooled(kept: Tensor, hidden: Tensor, members: Members, scene: Scene) -> Tens
     torch.reciprocal(count, out=share)
     torch.div(members.own, count, out=own)
     # One row of weights for each kept token: fewer operators than adding up rows.
-    weights = (members.nearest[:, None] == order) * share[..., None]
+    # Not a product: half precision has no number for the share of a token that stands for none.
+    others = members.nearest[:, None] != order
+    weights = share[..., None].expand(others.shape).masked_fill(others, 0)
     return torch.baddbmm(kept * own[..., None], weights, hidden)

@@ -100,8 +100,9 @@ def make_pieces(
     if policy.mass:
         check_bias(text_model.config._attn_implementation)
     compared: list[LayerSelector | None] = []
-    placed = placed or place_selectors(selectors.layers, layers)
-    for selector in placed if policy.compares else ():
+    if policy.compares and placed is None:
+        placed = place_selectors(selectors.layers, layers)
+    for selector in placed or () if policy.compares else ():
         if isinstance(selector, PaperSelector):
             raise AlvtsError(
                 "selectors of the paper's form choose by importance alone; use the policy paper, "
