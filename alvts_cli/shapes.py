@@ -551,7 +551,7 @@ class _CheapInit(TorchFunctionMode):
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self._block = torch.randn(_BLOCK, generator=generator).to(device, dtype)
+        self._block = torch.randn(_BLOCK, generator=generator, device="cpu").to(device, dtype)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _GROUPS = Path("/sys/fs/cgroup")
+_LOAD = Path("/proc/loadavg")
 
 
 def limit_threads(by_load: bool) -> None:
@@ -17,19 +18,32 @@ def limit_threads(by_load: bool) -> None:
     it would take; whatever the user has set stays.
 
     Args:
-        by_load: leave cores alone that others were using over the last minute. Not where the same
-            command must give the same bytes: sums differ with the number of threads.
+        by_load: leave cores alone that others are using. Not where the same command must give the
+            same bytes: sums differ with the number of threads.
     """
     if {"OMP_NUM_THREADS", "MKL_NUM_THREADS"} & os.environ.keys():
         return
     cores = usable_cores()
     free = min(float(cores), _share())
     if by_load:
-        with suppress(OSError):
-            free -= os.getloadavg()[0]
+        free -= _load()
     threads = max(1, round(free))
     if threads < cores:
         os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+def _load() -> float:
+    """Cores that others use: over the last minute and at this moment, whichever are fewer. A minute
+    remembers the command before this one; a moment may be anybody's."""
+    try:
+        minute = os.getloadavg()[0]
+    except OSError:
+        return 0.0
+    # Linux counts what runs; this process is one.
+    with suppress(OSError, ValueError, IndexError):
+        running = int(_LOAD.read_text().split()[3].split("/")[0]) - 1
+        return min(minute, float(running))
+    return minute
 
 
 def usable_cores() -> int:

@@ -122,7 +122,7 @@ def align(
     order: list[int] = []
     for step in range(settings.steps):
         if len(order) < settings.batch:
-            order = torch.randperm(len(targets), generator=generator).tolist()
+            order = torch.randperm(len(targets), generator=generator, device="cpu").tolist()
         batch = [targets[order.pop()] for _ in range(min(settings.batch, len(targets)))]
         target = collate(batch, device).float()
         for group in optimizer.param_groups:

@@ -1,6 +1,7 @@
 """For all tests: one thread a process, since several processes share the cores; no lines of
 progress in this process, however busy the machine is; and what Hypothesis draws is the same every
-time, unless `--hypothesis-profile long` asks for more."""
+time, unless `--hypothesis-profile long` asks for more. `ALVTS_TEST_DEVICE=cuda` makes every model and
+input of the engine's tests on a GPU."""
 
 import math
 import os
@@ -13,6 +14,11 @@ terminal.NOW_AND_THEN = math.inf
 
 # Before torch is imported; processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+if "ALVTS_TEST_DEVICE" in os.environ:
+    import torch
+
+    torch.set_default_device(os.environ["ALVTS_TEST_DEVICE"])
 
 _ALWAYS = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("ci", _ALWAYS, max_examples=25, derandomize=True)

@@ -135,8 +135,8 @@ def watch_selection() -> Iterator[list[dict[int, list[int]]]]:
             if not states or states[-1] is not self:
                 states.append(self)
                 forwards.append({})
-            assert running.valid is None
-            forwards[-1][i] = running.rows[0].tolist()
+            assert running.choice.layout.valid is None
+            forwards[-1][i] = running.choice.rows[0].tolist()
         return changed
 
     with patch.object(Forward, "before", spy):

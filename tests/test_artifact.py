@@ -30,7 +30,7 @@ def _fingerprint(family: str) -> torch.Tensor:
 
 
 def make_artifact(family: str = "qwen2_5_vl", **changes: Any) -> Artifact:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
@@ -297,7 +297,9 @@ def test_a_file_of_an_older_format_still_loads_and_runs(number: int) -> None:
 
 @pytest.mark.parametrize("number", [1, 2])
 def test_the_papers_selectors_of_old_files_rank_as_they_did(number: int) -> None:
-    hidden = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(
+        1, 12, 32, generator=torch.Generator(torch.get_default_device()).manual_seed(0)
+    )
     visual = torch.zeros(1, 12, dtype=torch.bool)
     visual[:, 2:9] = True
     for selector, ranked in zip(

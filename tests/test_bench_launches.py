@@ -11,6 +11,7 @@ from alvts_cli.bench import launches
 from alvts_cli.bench.launches import Launches, Prompts, count_launches
 from alvts_cli.bench.selectors import RandomSelectors
 from alvts_cli.engine import NAMED, PAPER, PaperSelector
+from alvts_cli.engine.policy import LAYERS, what_layers_do
 from alvts_cli.engine.scorer import SelectorScorer
 from alvts_cli.shapes import shape_config
 
@@ -62,8 +63,8 @@ def test_nothing_in_a_layer_waits_or_is_copied(family, policy):
 def test_a_read_in_a_layer_is_seen(read):
     with scoring(read):
         counted = count_launches(make_model("llava").config, PAPER)
-    # Three layers that choose.
-    assert (counted.host_syncs, counted.copies) == (3, 0)
+    # Five layers that choose.
+    assert (counted.host_syncs, counted.copies) == (5, 0)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_a_read_in_a_layer_is_seen(read):
 def test_a_tensor_made_on_the_host_in_a_layer_is_seen(make):
     with scoring(make):
         counted = count_launches(make_model("llava").config, PAPER)
-    assert counted.copies >= 3 and counted.host_syncs == 0
+    assert counted.copies >= 5 and counted.host_syncs == 0
 
 
 def test_a_launch_more_is_seen():
@@ -89,12 +90,8 @@ def test_a_launch_more_is_seen():
     assert replace(after, chooses=before.chooses, **rest) == replace(before, **rest)
 
 
-@pytest.mark.parametrize(
-    ("every", "expected"), [(1, 4 * 9 + 5 + 50), (0, 9 + 2 * 2 + 3 + 5 + 50), (3, 3 * 9 + 2 + 55)]
-)
-def test_a_whole_prefill_is_its_layers(every, expected):
-    """Chosen, gone on with, text, dense, the same again, another number."""
-    kinds = dict(dense=40, chooses=49, goes_on=42, goes_on_otherwise=43, text_only=45, once=50)
+def test_a_whole_prefill_is_its_layers():
+    kinds = {name: 40 + i for i, name in enumerate(LAYERS)}
     rest = dict.fromkeys(
         (
             *("rest", "decode", "decode_dense", "decode_rest", "host_syncs"),
@@ -102,35 +99,50 @@ def test_a_whole_prefill_is_its_layers(every, expected):
         ),
         0,
     )
-    counted = Launches(**kinds, **rest, operators={}, moved={})
-    policy = replace(PAPER, every=every)
-    if every == 3:
-        # Ranked anew in layers 0, 4 (three or more later) and 8.
-        assert counted.over_dense([6, 6, 0, 9, 6, 9, 9, 9, 6], 9, policy) == expected
-    else:
-        assert counted.over_dense([6, 6, 0, 9, 6, 7], 9, policy) == expected
+    counted = Launches(**kinds, **rest, once=50, operators={}, moved={})
+    assert counted.over_dense(["chooses", "goes_on", "dense", "text_only"]) == 1 + 2 + 0 + 5 + 50
+
+
+@pytest.mark.parametrize(
+    ("policy", "adds_behind", "expected"),
+    [
+        (dict(every=1), 0, "C C D C C T t C C"),
+        (dict(every=0), 0, "C g D a o T t a g"),
+        (dict(every=3), 0, "C g D C o T t C g"),
+        # Qwen3-VL: all tokens are put back behind the first layers.
+        (dict(every=0), 2, "C a D a o T t a g"),
+        (dict(every=0), 9, "C a D a o T T a a"),
+        # All tokens are wanted in every layer.
+        (dict(every=0, carry=True), 0, "C a D a o T T a a"),
+    ],
+)
+def test_what_layers_do(policy, adds_behind, expected):
+    names = dict(zip("DCgaoTt", LAYERS, strict=True))
+    kept = [6, 6, 9, 6, 5, 0, 0, 5, 5]
+    found = what_layers_do(replace(PAPER, **policy), kept, 9, adds_behind)
+    assert found == [names[letter] for letter in expected.split()]
 
 
 # Over a dense layer: where it chooses, goes on, keeps no visual token; for a decoded token; and
-# once a prefill.
+# once a prefill. Where nothing is carried, a selection is handed from layer to layer.
 LIMITS = {
-    ("llava-1.5-7b", "paper", False): (18, 2, 2, 0, 44),
-    ("llava-1.5-7b", "once", False): (33, 2, 2, 1, 52),
-    ("llava-1.5-7b", "in-turn", False): (72, 2, 2, 1, 52),
+    ("llava-1.5-7b", "paper", False): (18, 0, 2, 0, 44),
+    ("llava-1.5-7b", "once", False): (33, 0, 2, 1, 52),
+    ("llava-1.5-7b", "in-turn", False): (72, 0, 2, 1, 52),
     ("llava-1.5-7b", "every-4", False): (42, 5, 5, 1, 52),
     ("llava-1.5-7b", "each", False): (34, 5, 5, 1, 52),
     # Grouped queries, whose keys transformers repeats for an additive mask.
-    ("llava-next-mistral-7b", "paper", False): (18, 2, 2, 0, 44),
+    ("llava-next-mistral-7b", "paper", False): (18, 0, 2, 0, 44),
     ("llava-next-mistral-7b", "each", False): (36, 7, 5, 2, 52),
-    ("qwen2.5-vl-3b", "paper", False): (18, 2, 2, 0, 46),
+    ("qwen2.5-vl-3b", "paper", False): (18, 0, 2, 0, 46),
     ("qwen2.5-vl-3b", "each", False): (36, 7, 5, 2, 54),
     # A norm of queries and one of keys.
-    ("qwen3-vl-8b", "paper", False): (20, 2, 2, 0, 46),
+    ("qwen3-vl-8b", "paper", False): (20, 0, 2, 0, 46),
     ("qwen3-vl-8b", "each", False): (38, 7, 5, 2, 54),
-    ("qwen3-vl-30b-a3b", "paper", False): (20, 2, 2, 0, 46),
+    ("qwen3-vl-30b-a3b", "paper", False): (20, 0, 2, 0, 46),
     # Two samples, one of them padded on the left.
-    ("llava-1.5-7b", "paper", True): (22, 4, 4, 1, 73),
-    ("llava-1.5-7b", "once", True): (38, 4, 4, 4, 78),
+    ("llava-1.5-7b", "paper", True): (22, 0, 4, 1, 73),
+    ("llava-1.5-7b", "once", True): (38, 0, 4, 4, 78),
     ("llava-next-mistral-7b", "each", True): (39, 7, 7, 4, 78),
 }
 
@@ -151,7 +163,7 @@ def test_the_papers_form_is_leaner_still(biased):
         rank, width = 256, model.config.text_config.hidden_size
         map_ = torch.empty(rank, width, dtype=model.dtype, device=model.device)
         bias = torch.empty(rank, device=model.device) if biased else None
-        return RandomSelectors([PaperSelector(map_, map_, bias, 1e-5)] * 4)
+        return RandomSelectors([PaperSelector(map_, map_, bias, 1e-5)] * 7)
 
     with patch.object(launches, "random_selectors", selectors):
         counted = count_launches(shape_config("llava-1.5-7b"), PAPER)

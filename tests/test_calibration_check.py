@@ -34,7 +34,7 @@ def fitted() -> Artifact:
 def tuned() -> Any:
     """The same shape with somewhat other weights."""
     model = make_small()
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     with torch.no_grad():
         for weight in model.model.language_model.layers.parameters():
             weight.add_(0.2 * weight.std() * torch.randn(weight.shape, generator=generator))

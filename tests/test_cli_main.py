@@ -260,6 +260,7 @@ def test_threads_are_the_free_cores(cores, files, load, expected, monkeypatch, t
     monkeypatch.setattr(threads, "_GROUPS", tmp_path)
     monkeypatch.setattr(threads, "usable_cores", lambda: cores)
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(threads, "_LOAD", tmp_path / "of another system")
     threads.limit_threads(by_load=True)
     assert os.environ.get("OMP_NUM_THREADS") == expected
     # What the user says stays, and where bytes must be the same the load does not count.
@@ -269,6 +270,28 @@ def test_threads_are_the_free_cores(cores, files, load, expected, monkeypatch, t
     monkeypatch.delenv("OMP_NUM_THREADS")
     threads.limit_threads(by_load=False)
     assert os.environ.get("OMP_NUM_THREADS") == (expected if files and load == 0 else None)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("minute", "running", "expected"),
+    [
+        # Whoever was busy a minute ago, such as the command before this one, is so no more.
+        (4.0, 1, None),
+        (4.0, 3, "2"),
+        # Something begins just now: for how long nobody knows.
+        (0.0, 4, None),
+    ],
+)
+def test_a_load_that_is_over_does_not_count(minute, running, expected, monkeypatch, tmp_path):
+    (tmp_path / "loadavg").write_text(f"{minute} 1.00 1.00 {running}/93 4711\n")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(threads, "_GROUPS", tmp_path)
+    monkeypatch.setattr(threads, "_LOAD", tmp_path / "loadavg")
+    monkeypatch.setattr(threads, "usable_cores", lambda: 4)
+    monkeypatch.setattr(os, "getloadavg", lambda: (minute, 1.0, 1.0))
+    threads.limit_threads(by_load=True)
+    assert os.environ.get("OMP_NUM_THREADS") == expected
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 

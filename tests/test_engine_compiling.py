@@ -253,6 +253,45 @@ def test_a_second_turn_with_an_image_runs_uncompiled():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_what_a_cuda_graph_leaves_behind_outlives_the_next_prefill(mode):
+    """A backend that hands out the same memory at every run, as a CUDA graph does."""
+    model = make_model("llava")
+    first, second = (prompt(model, "llava", 12, seed) for seed in (0, 1))
+    modes = []
+
+    def backend(graph, example_inputs, mode=None):
+        modes.append(mode)
+        held = {}
+
+        def same(i, result):
+            if not isinstance(result, torch.Tensor):
+                return result
+            return held.setdefault(i, torch.empty_like(result)).copy_(result)
+
+        def run(*args):
+            return tuple(same(i, result) for i, result in enumerate(graph(*args)))
+
+        return run if mode is not None else graph.forward
+
+    def answer(compile):
+        with torch.no_grad(), attach(model, make_selectors(), 4, compile=compile):
+            output = model.model(**first)
+            logits = model(**second).logits
+            step = model(input_ids=torch.tensor([[5]]), **{CACHE: cache_of(output)})
+        return output.last_hidden_state, logits, step.logits
+
+    def plain(graph, example_inputs, mode=None):
+        return graph.forward
+
+    expected = answer({"backend": plain})
+    for got, wanted in zip(answer({"backend": backend, "mode": mode}), expected, strict=True):
+        assert torch.equal(got, wanted)
+    # What grows at every token is no graph.
+    without = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
+    assert modes == [mode, without[mode]]
+
+
 def test_detaching_leaves_nothing():
     model = make_model("llava")
     decoder = model.model.language_model

@@ -87,7 +87,9 @@ def make_case(*layouts, groups=2, bias=False, scale=3):
     layer = LlamaDecoderLayer(config, 0).requires_grad_(False)
     for weight in layer.parameters():
         weight.copy_(torch.randn_like(weight) * 0.3 + (weight.dim() == 1))
-    selector = random_selector(torch.Generator().manual_seed(1), 8 * groups, bias)
+    selector = random_selector(
+        torch.Generator(torch.get_default_device()).manual_seed(1), 8 * groups, bias
+    )
     visual, text = masks(*layouts)
     hidden = torch.randn(*visual.shape, WIDTH) * scale
     positions = LlamaRotaryEmbedding(config)(hidden, torch.arange(visual.shape[1])[None])

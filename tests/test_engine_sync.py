@@ -185,3 +185,15 @@ def test_phases_are_entered_in_order():
         names.clear()
         model(input_ids=torch.tensor([[7]]), **{CACHE: cache})
         assert names == []
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen2_5_vl"])
+def test_a_default_device_that_is_not_the_models(family):
+    """`torch.set_default_device("cuda")`, without one. Qwen2.5-VL itself does not run so."""
+    model, inputs = make_model(family), make_inputs(make_model(family), one_image(family))
+    selectors = make_selectors(family)
+    with torch.no_grad(), attach(model, selectors, 4):
+        expected = model(**inputs).logits
+    other = make_model(family)
+    with torch.no_grad(), torch.device("meta"), attach(other, selectors, 4):
+        assert torch.equal(other(**inputs).logits, expected)

@@ -46,7 +46,7 @@ def decoder(model: Any) -> Any:
 
 def selectors_for(model: Any) -> Selectors:
     """Random ones that fit the model's layers."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     layers: list[LayerSelector | None] = []
     for layer in decoder(model).layers:
         own = family_of(model).query_key(layer)
@@ -335,7 +335,7 @@ def test_a_text_model_that_scores_otherwise_is_refused(text, why):
     model = randomise(auto.from_config(llava_config(text_config(text))))
     with pytest.raises(AlvtsError, match=why):
         check_layers(model)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     selectors = Selectors([random_selector(generator, 16) for _ in range(4)])
     with pytest.raises(AlvtsError):
         attach(model, selectors, 0.5)

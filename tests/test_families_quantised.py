@@ -80,7 +80,7 @@ def pair(request, tmp_path_factory):
 
 def selectors(model: Any) -> Any:
     made = selectors_for(model)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     made.layers = [
         replace(layer, down=0.3 * torch.randn(3, SIZE, generator=generator))
         for layer in made.layers

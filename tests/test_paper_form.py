@@ -43,7 +43,9 @@ def by_hand(hidden: torch.Tensor, selector: PaperSelector, kinds: str) -> list[f
 
 @pytest.mark.parametrize("kinds", ["tvvvvttt", "--tvvvtt", "vvvtvtvt"])
 def test_importance_is_the_papers_formula(kinds: str) -> None:
-    hidden = torch.randn(1, len(kinds), WIDTH, generator=torch.Generator().manual_seed(5))
+    hidden = torch.randn(
+        1, len(kinds), WIDTH, generator=torch.Generator(torch.get_default_device()).manual_seed(5)
+    )
     selector = random_selector(1)
     visual = torch.tensor([[kind == "v" for kind in kinds]])
     text = torch.tensor([[kind == "t" for kind in kinds]])
@@ -57,7 +59,9 @@ def test_importance_is_the_papers_formula(kinds: str) -> None:
 
 
 def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden = torch.randn(2, 12, WIDTH, generator=torch.Generator().manual_seed(5))
+    hidden = torch.randn(
+        2, 12, WIDTH, generator=torch.Generator(torch.get_default_device()).manual_seed(5)
+    )
     visual = torch.zeros(2, 12, dtype=torch.bool)
     visual[:, 2:9] = True
     whole = paper_importance(hidden, random_selector(1), visual, ~visual, False)
@@ -146,7 +150,9 @@ def _processor() -> Any:
 
 def test_alignment_lowers_the_squared_error_against_real_attention() -> None:
     of, layer = projections()
-    hidden = torch.randn(1, 20, of.w_q.shape[1], generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(
+        1, 20, of.w_q.shape[1], generator=torch.Generator(torch.get_default_device()).manual_seed(0)
+    )
     cos, sin = torch.ones(1, 20, of.head_dim), torch.zeros(1, 20, of.head_dim)
     visual = torch.zeros(1, 20, dtype=torch.bool)
     visual[:, 3:15] = True

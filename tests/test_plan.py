@@ -15,6 +15,7 @@ from cli_tools import alvts, model_folder, refused
 from alvts_cli.bench.launches import Prompts, count_launches
 from alvts_cli.engine import NAMED, PAPER, Selection, kv_bytes_expected, prefill_flops
 from alvts_cli.engine.flops import Mlp, mlp_of
+from alvts_cli.engine.policy import LAYERS, what_layers_do
 from alvts_cli.engine.sizes import default_carry_rank, default_rank
 from alvts_cli.errors import AlvtsError
 from alvts_cli.memory import count_parameters
@@ -65,8 +66,7 @@ def test_known_models_are_described_as_they_are(name):
 def test_launches_are_those_that_are_counted(name, policy):
     shape, counted = known_shape(name), count_launches(shape_config(name), NAMED[policy])
     kinds = shape.counts[policy]
-    kinds_of = ("dense", "chooses", "goes_on", "goes_on_otherwise", "text_only", "once", "rest")
-    for kind in kinds_of:
+    for kind in (*LAYERS, "once", "rest"):
         assert getattr(kinds, kind).launches == getattr(counted, kind), REGENERATE
     for kind in ("decode", "decode_dense", "decode_rest"):
         assert getattr(kinds, kind) == getattr(counted, kind), REGENERATE
@@ -82,7 +82,7 @@ def test_the_whole_prefill_launches_what_the_counter_says():
     for keep in ("0.111", ",".join(["1.0", "64", "32", "0", *["0.1"] * 28])):
         one = case(keep=keep, policy="once")
         launches = sum(part.launches * part.times for part in prefill(one))
-        over = counted.over_dense(one.kept, 576, NAMED["once"])
+        over = counted.over_dense(what_layers_do(NAMED["once"], one.kept, 576, 0))
         assert launches == 32 * counted.dense + counted.rest + over
 
 

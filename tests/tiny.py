@@ -205,7 +205,7 @@ def make_selectors(
 ) -> Selectors:
     """Random selectors that rank tokens very differently from layer to layer; `policy` is what was
     picked for any keep ratio."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     keys = _TEXT["num_key_value_heads"] * HEAD_SIZES.get(family, 8)
     layers: list[Selector | None] = [
         random_selector(
@@ -229,7 +229,7 @@ def make_selectors(
 
 def paper_selector(seed: int, rank: int = 3) -> PaperSelector:
     """Random, of the paper's form."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
@@ -271,7 +271,7 @@ def _pixels(model: Any, prompts: list[Prompt]) -> dict[str, torch.Tensor]:
     family = model.config.model_type
     rows, sizes, video_rows, video_sizes = [], [], [], []
     for prompt in prompts:
-        generator = torch.Generator().manual_seed(prompt.seed)
+        generator = torch.Generator(torch.get_default_device()).manual_seed(prompt.seed)
         for height, width in prompt.images:
             if family == "llava":
                 rows.append(torch.randn(1, 3, height, width, generator=generator))

@@ -421,7 +421,7 @@ def zoo_inputs(
         words: how many stand before and behind.
     """
     this = KINDS[kind]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)

@@ -132,7 +132,7 @@ def _tile_pixels(config: Any, wanted: int | None, generator: torch.Generator) ->
         )
     side = config.vision_config.image_size
     height, width = side if isinstance(side, (list, tuple)) else (side, side)
-    pixels = torch.randn(count, 3, height, width, generator=generator)
+    pixels = torch.randn(count, 3, height, width, generator=generator, device="cpu")
     # InternVL has all tiles of a batch in a row, the others those of a sample.
     return {"pixel_values": pixels if config.model_type == "internvl" else pixels[None]}, [
         count * tokens
@@ -150,7 +150,7 @@ def _mistral_pixels(config: Any, wanted: int | None, generator: torch.Generator)
             f"this model takes {vision.image_size} a side; choose another --visual-tokens"
         )
     size = height * each, width * each
-    pixels = torch.randn(1, 3, *size, generator=generator)
+    pixels = torch.randn(1, 3, *size, generator=generator, device="cpu")
     return {"pixel_values": pixels, "image_sizes": torch.tensor([size])}, [height * width]
 
 
@@ -178,11 +178,15 @@ def _llava_pixels(config: Any, wanted: int | None, generator: torch.Generator) -
     side = config.vision_config.image_size
     if config.model_type != "llava":
         pixels = {
-            "pixel_values": torch.randn(images, grid.tiles, 3, side, side, generator=generator),
+            "pixel_values": torch.randn(
+                images, grid.tiles, 3, side, side, generator=generator, device="cpu"
+            ),
             "image_sizes": torch.tensor([[grid.height, grid.width]] * images),
         }
     else:
-        pixels = {"pixel_values": torch.randn(images, 3, side, side, generator=generator)}
+        pixels = {
+            "pixel_values": torch.randn(images, 3, side, side, generator=generator, device="cpu")
+        }
     return pixels, [grid.tokens] * images
 
 
@@ -220,7 +224,7 @@ def _qwen_pixels(config: Any, wanted: int | None, generator: torch.Generator) ->
     grid = [1, height * merge, across * merge]
     width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     return {
-        "pixel_values": torch.randn(grid[1] * grid[2], width, generator=generator),
+        "pixel_values": torch.randn(grid[1] * grid[2], width, generator=generator, device="cpu"),
         "image_grid_thw": torch.tensor([grid]),
     }, [tokens]
 
@@ -229,5 +233,5 @@ def _words(config: Any, count: int, generator: torch.Generator) -> list[int]:
     """Random ids that mean no image."""
     special = {config.image_token_id, getattr(config, "video_token_id", None)}
     plain = [i for i in range(min(1000, config.text_config.vocab_size)) if i not in special]
-    picks = torch.randint(len(plain), (count,), generator=generator)
+    picks = torch.randint(len(plain), (count,), generator=generator, device="cpu")
     return [plain[i] for i in picks.tolist()]

@@ -44,11 +44,9 @@ class Launches:
 
     Attributes:
         dense: of a layer of the dense model.
-        chooses: of a layer that ranks its tokens and runs on the best.
-        goes_on: of one that runs on what an earlier layer chose.
-        goes_on_otherwise: of one that goes on with an earlier layer's ranking, but keeps another
-            number.
-        text_only: of one that keeps no visual token.
+        chooses, goes_on, goes_on_again, goes_on_otherwise, text_only, text_goes_on: of a layer that
+            does what `engine.policy.LAYERS` says. Taking a selection out of all tokens and putting
+            it back belong to the layer that begins to run on it, wherever it ends.
         once: in the whole prefill beside the layers, over those of the dense model.
         rest: in a dense prefill beside the layers.
         decode, decode_dense: of a layer for one more token.
@@ -65,8 +63,10 @@ class Launches:
     dense: int
     chooses: int
     goes_on: int
+    goes_on_again: int
     goes_on_otherwise: int
     text_only: int
+    text_goes_on: int
     once: int
     rest: int
     decode: int
@@ -79,27 +79,10 @@ class Launches:
     operators: dict[str, tuple[str, ...]]
     moved: dict[str, int]
 
-    def over_dense(self, keep_counts: Sequence[int], visual_tokens: int, policy: Policy) -> int:
-        """Launches of a whole prefill over those of the dense model.
-
-        Args:
-            keep_counts: visual tokens that each layer keeps.
-            visual_tokens: of the prompt.
-            policy: that the figures were counted under.
-        """
-        total, ranked, before = 0, -1, -1
-        for i, kept in enumerate(keep_counts):
-            if kept == visual_tokens:
-                continue
-            if kept == 0:
-                layer = self.text_only
-            elif ranked < 0 or (policy.every and i - ranked >= policy.every):
-                ranked, before, layer = i, kept, self.chooses
-            else:
-                layer = self.goes_on if kept == before else self.goes_on_otherwise
-                before = kept
-            total += layer - self.dense
-        return total + self.once
+    def over_dense(self, layers: Sequence[str]) -> int:
+        """Launches of a whole prefill over those of the dense model; `layers` as
+        `engine.policy.what_layers_do` has them."""
+        return sum(getattr(self, layer) - self.dense for layer in layers) + self.once
 
 
 @dataclass(frozen=True)
@@ -146,15 +129,17 @@ def count_launches(
             return _run(model, prompts, lambda: attach(model, selectors, keep, policy=changed))
 
         # What a first layer does once for all is seen by the second layer that does the same.
-        each = selecting([KEEP, KEEP, 0, 0], 1)
-        held = selecting([KEEP, KEEP, KEEP, KEEP / 2], 0)
+        each = selecting([KEEP, KEEP, 0, 0, 0, KEEP, KEEP], 1)
+        held = selecting([KEEP, KEEP, KEEP, 0, KEEP, 0, KEEP / 2], 0)
     usual = dense.layers[1]
     kinds = {
         "dense": usual,
         "chooses": each.layers[1],
-        "goes_on": held.layers[2],
-        "goes_on_otherwise": held.layers[3],
-        "text_only": each.layers[3],
+        "goes_on": held.layers[1],
+        "goes_on_again": held.layers[4],
+        "goes_on_otherwise": held.layers[6],
+        "text_only": held.layers[5],
+        "text_goes_on": each.layers[3],
         "decode": each.decode[1],
         "decode_dense": dense.decode[1],
     }
@@ -231,14 +216,14 @@ def _fake_device() -> Iterator[None]:
 
 
 def _fake_model(config: Any, dtype: torch.dtype, device: str) -> _Shell:
-    """Four layers of the decoder of `config`, on a fake device."""
+    """Seven layers of the decoder of `config`, on a fake device; it adds nothing behind them."""
     from transformers import AutoModelForImageTextToText
 
     config = copy.deepcopy(config)
     text = config.text_config
-    text.num_hidden_layers = 4
+    text.num_hidden_layers = 7
     if getattr(text, "layer_types", None) is not None:
-        text.layer_types = (text.layer_types * 4)[:4]
+        text.layer_types = (text.layer_types * 7)[:7]
     if mask_style(config._attn_implementation or "sdpa") == "flash":
         config._attn_implementation = "sdpa"
     with torch.device("meta"):
@@ -253,6 +238,9 @@ def _fake_model(config: Any, dtype: torch.dtype, device: str) -> _Shell:
             setattr(module, name, nn.Parameter(fake(parameter), requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, fake(buffer))
+    config.deepstack_layer_map = None
+    if hasattr(config.vision_config, "deepstack_visual_indexes"):
+        config.vision_config.deepstack_visual_indexes = []
     return _Shell(config, decoder, dtype).eval()
 
 

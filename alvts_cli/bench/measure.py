@@ -9,6 +9,7 @@ from statistics import mean, median
 from typing import Any
 
 from ..engine import Attachment, PaperSelector, Prefill, Selection, attach, prefill_flops
+from ..engine.policy import what_layers_do
 from ..families import family_of
 from ..methods import make_method
 from .compiled import compiled, compiler_errors
@@ -18,6 +19,10 @@ from .short import shortened
 from .statistics import efficiency, ratio
 from .subject import NEW_TOKENS, Subject, rank_of
 from .timing import Generated, generate
+
+
+_WATCHED = 3
+"""Prefills whose phases are timed, at most."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,8 @@ class Measurement:
     Attributes:
         dense, selective: the generations.
         short: generations of one token whose prefill is as short as the layers' average.
+        watched: selective generations of one token whose phases were timed, which takes time of its
+            own, on a GPU much; none where all is compiled.
         peers: by the name of the method.
         peak_dense, peak_selective: bytes beyond the weights; None where not measured.
         figures: every name of `METRICS`; nan where there is none.
@@ -51,6 +58,7 @@ class Measurement:
     dense: tuple[Generated, ...]
     selective: tuple[Generated, ...]
     short: tuple[Generated, ...]
+    watched: tuple[Generated, ...]
     peers: dict[str, Peer]
     peak_dense: int | None
     peak_selective: int | None
@@ -78,9 +86,7 @@ class _Entrant:
     def run(self, subject: Subject) -> None:
         """Once more."""
         with peak_memory(self.model.device) as peak, self.setting() as attachment:
-            # While phases are timed nothing runs compiled.
-            watched = None if subject.compile else attachment
-            made = generate(self.model, subject.inputs, self.new_tokens, watched, ignore_end=True)
+            made = generate(self.model, subject.inputs, self.new_tokens, ignore_end=True)
             if attachment is not None:
                 self.kept = attachment.last
         self.runs.append(made)
@@ -90,6 +96,11 @@ class _Entrant:
     def peak(self) -> int | None:
         """The highest; None where not measured."""
         return max((bytes for bytes in self.peaks if bytes is not None), default=None)
+
+    def watch(self, subject: Subject) -> Generated:
+        """The phases of one prefill."""
+        with self.setting() as attachment:
+            return generate(self.model, subject.inputs, 1, attachment, ignore_end=True)
 
 
 def measure(
@@ -104,7 +115,7 @@ def measure(
         subject: what to time.
         runs: at least 1.
         against: names of methods to time at the same layer average; none for what is compiled.
-        on_run: called after every generation, `entrants(against) * (runs + 1)` times.
+        on_run: called after every timed generation, `entrants(against) * (runs + 1)` times.
 
     Raises:
         AlvtsError: `torch.compile` failed.
@@ -114,16 +125,19 @@ def measure(
             for name in _order(list(racing), i):
                 racing[name].run(subject)
                 on_run()
+        times = 0 if subject.compile else min(runs, _WATCHED)
+        watched = tuple(racing["selective"].watch(subject) for _ in range(times))
     for entrant in racing.values():
         del entrant.runs[0]
 
     dense, selective = racing["dense"], racing["selective"]
     assert selective.kept is not None  # A prompt to measure has an image.
-    timed, intervals = _timed(dense.runs, selective.runs, racing["short"].runs)
+    timed, intervals = _timed(dense.runs, selective.runs, racing["short"].runs, watched)
     return Measurement(
         tuple(dense.runs),
         tuple(selective.runs),
         tuple(racing["short"].runs),
+        watched,
         {name: _peer(racing[name], dense.runs) for name in against},
         dense.peak,
         selective.peak,
@@ -212,6 +226,8 @@ def _counted(subject: Subject, kept: Prefill) -> dict[str, float]:
     prompts = Prompts(batch, prompt.visual_tokens, prompt.text_tokens)
     model = subject.model
     launches = count_launches(model.config, kept.policy, prompts, model.dtype)
+    adds_behind = family_of(model).adds_behind(model.config)
+    layers = what_layers_do(kept.policy, counts, prompt.visual_tokens, adds_behind)
     return {
         "flops": selective,
         "flops_dense": dense,
@@ -224,7 +240,7 @@ def _counted(subject: Subject, kept: Prefill) -> dict[str, float]:
         "launches_going_on": launches.goes_on - launches.dense,
         "launches_text_only": launches.text_only - launches.dense,
         "launches_once": launches.once,
-        "launches_prefill": launches.over_dense(counts, prompt.visual_tokens, kept.policy),
+        "launches_prefill": launches.over_dense(layers),
         "launches_decode": launches.decode - launches.decode_dense,
         "host_syncs": launches.host_syncs,
         "host_copies": launches.copies,
@@ -232,7 +248,10 @@ def _counted(subject: Subject, kept: Prefill) -> dict[str, float]:
 
 
 def _timed(
-    dense: list[Generated], selective: list[Generated], short: list[Generated]
+    dense: list[Generated],
+    selective: list[Generated],
+    short: list[Generated],
+    watched: Sequence[Generated],
 ) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
     """Medians and what is made of them, with intervals; and the measured caches."""
 
@@ -241,10 +260,8 @@ def _timed(
         "kv_bytes_dense": dense[-1].kv_bytes,
         "kv_ratio": dense[-1].kv_bytes / selective[-1].kv_bytes,
         "vision_ms": median(_values(dense + selective, "vision_ms")),
-        "scoring_ms": median(run.phase_ms.get("score", nan) for run in selective),
-        "scoring_share": median(
-            run.phase_ms.get("score", nan) / run.prefill_ms for run in selective
-        ),
+        "scoring_ms": median([run.phase_ms["score"] for run in watched] or [nan]),
+        "scoring_share": median([r.phase_ms["score"] / r.prefill_ms for r in watched] or [nan]),
     }
     prefill = [_values(runs, "prefill_ms") for runs in (dense, selective, short)]
     estimates = {

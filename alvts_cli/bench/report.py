@@ -58,10 +58,10 @@ def to_json(
 ) -> dict[str, Any]:
     """The whole outcome as plain values."""
 
-    def times(runs: tuple[Generated, ...]) -> dict[str, Any]:
+    def times(runs: tuple[Generated, ...], watched: tuple[Generated, ...] = ()) -> dict[str, Any]:
         columns = {name: [getattr(run, name) for run in runs] for name in _TIMES}
-        for phase in runs[0].phase_ms:
-            columns[f"{phase}_ms"] = [run.phase_ms[phase] for run in runs]
+        for phase in watched[0].phase_ms if watched else ():
+            columns[f"{phase}_ms"] = [run.phase_ms[phase] for run in watched]
         return {name: summary(column) for name, column in columns.items()}
 
     def summary(column: list[float]) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def to_json(
         },
         "times": {
             "dense": times(measurement.dense),
-            "selective": times(measurement.selective),
+            "selective": times(measurement.selective, measurement.watched),
             "short": {"prefill_ms": summary([run.prefill_ms for run in measurement.short])},
         },
         "against": {
@@ -127,8 +127,8 @@ def to_table(
         if name == "prefill_ms":
             for phase, phase_label in _PHASES.items():
                 # What runs compiled has no phases.
-                if phase in measurement.selective[0].phase_ms:
-                    spent = [run.phase_ms[phase] for run in measurement.selective]
+                if measurement.watched:
+                    spent = [run.phase_ms[phase] for run in measurement.watched]
                     table.add_row(phase_label, "", _time(spent), "")
             table.add_row(
                 "  the limit: selection for free",
@@ -206,7 +206,7 @@ def _profile(measurement: Measurement) -> Table:
     table = Table("selective prefill", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("ms", justify="right")
     table.add_column("percent", justify="right")
-    runs = measurement.selective
+    runs = measurement.watched
     parts = {label: [run.phase_ms[phase] for run in runs] for phase, label in _PROFILE.items()}
     parts["rest: final norm, positions, hooks"] = [
         run.prefill_ms - sum(run.phase_ms.values()) for run in runs

@@ -35,7 +35,7 @@ def random_selectors(model: Any) -> RandomSelectors:
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
         # Of order one from numbers of order one, as fitted ones are.
-        random = torch.randn(rows, columns, generator=generator) * columns**-0.5
+        random = torch.randn(rows, columns, generator=generator, device="cpu") * columns**-0.5
         return random.to(model.device, model.dtype)
 
     def selector(layer: Any) -> LayerSelector:

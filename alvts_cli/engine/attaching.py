@@ -19,7 +19,7 @@ from ..families.layer import parts_of
 from ..families.placing import is_offloaded, where
 from .cache import SelectiveLayer, prepare_cache
 from .calls import cache_of, check_layer_call, check_output, warn_if_untested
-from .compiling import compile_decoder
+from .compiling import compile_decoder, keep_in_place
 from .forward import Forward, Pieces, Scorer, Watch, no_phase
 from .keep import Keep, KeepArgument, resolve_keep
 from .masks import mask_style
@@ -81,7 +81,7 @@ def attach(
         policy: which pieces are in use; None takes what calibration picked for this `keep`.
         compile: run the decoder's selecting prefill, and single tokens behind it, through
             `torch.compile`, without graph breaks (see `compiling`); True, or keyword arguments of
-            `torch.compile`. "auto": scoring and selecting alone (see `regions`), and uncompiled,
+            `torch.compile`, such as `{"mode": "reduce-overhead"}` for CUDA graphs. "auto": scoring and selecting alone (see `regions`), and uncompiled,
             with a warning, where torch cannot compile for the device.
 
     Raises:
@@ -119,7 +119,10 @@ def attach(
 
     def place() -> tuple[Scorer, Pieces]:
         placed = place_selectors(selectors.layers, layers)
-        return make_scorer(placed, layers), make_pieces(model, selectors, chosen, placed)
+        pieces = make_pieces(model, selectors, chosen, placed)
+        if compile is not False:
+            keep_in_place([one for one in placed if one is not None], pieces)
+        return make_scorer(placed, layers), pieces
 
     return Attachment(model, place, resolved, compile)
 
@@ -246,6 +249,7 @@ class Attachment:
         layers: Any = family.layers(model)
         self._layers = layers
         self._num_layers = len(layers)
+        self._adds_behind = family.adds_behind(model.config)
         self._place = place
         self._placing = self._where()
         self._scorer, self._pieces = place()
@@ -383,20 +387,25 @@ class Attachment:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         forward = self._state.forward
         hidden: Tensor = args[0] if args else kwargs["hidden_states"]
-        if forward is None or hidden.shape[1] != forward.plan.tokens:
+        if forward is None or not (forward.stays or hidden.shape[1] == forward.plan.tokens):
             raise AlvtsError(
                 "the decoder was given tokens that alvts did not see in input_ids; call the whole "
                 "model with input_ids, or detach first"
             )
         plan = forward.plan
-        # A model spread over devices hands a layer what the device before computed.
-        hidden = hidden.to(where(layer.input_layernorm)[0])
-        selects = plan.selects(i)
-        check_layer_call(args, kwargs, plan.tokens, selects)
+        if forward.stays:
+            # As the layer before, on the same device.
+            ours = False
+        else:
+            # A model spread over devices hands a layer what the device before computed.
+            hidden = hidden.to(where(layer.input_layernorm)[0])
+            selects = plan.selects(i)
+            check_layer_call(args, kwargs, plan.tokens, selects)
+            if i == 0 and selects:
+                self._state.first_hidden = hidden
+            ours = hidden is self._state.merged and self._unseen(i)
         past = self._cache_layer(i, cache_of(kwargs))
-        if i == 0 and selects:
-            self._state.first_hidden = hidden
-        changed = forward.before(i, layer, hidden, kwargs, past, self._only_ours(i, hidden))
+        changed = forward.before(i, layer, hidden, kwargs, past, ours)
         self._enter_layer(plan)
         if changed is None:
             return None
@@ -411,7 +420,10 @@ class Attachment:
         if self._state.in_layer is not None:
             self._state.in_layer.__exit__(None, None, None)
             self._state.in_layer = None
-        merged = None if self._state.forward is None else self._state.forward.after(output)
+        forward = self._state.forward
+        if forward is None:
+            return None
+        merged = forward.after(output, self._unseen(i + 1) and self._adds_behind <= i)
         if merged is not None:
             self._state.merged = merged
         return merged
@@ -425,15 +437,16 @@ class Attachment:
             self._state.in_layer = self.phase("layer")
             self._state.in_layer.__enter__()
 
-    def _only_ours(self, i: int, hidden: Tensor) -> bool:
-        """Whether the input of layer `i` is a result of ours that nobody else has seen.
+    def _unseen(self, i: int) -> bool:
+        """Whether nobody but layer `i`, on the same device, is given what the layer before it made.
 
-        A hook that is not ours, such as that which records hidden states, may have kept it, and so
-        does autograd.
+        A hook that is not ours, such as that which records hidden states, may keep it, and so does
+        autograd.
         """
         return (
-            hidden is self._state.merged
+            0 < i < self._num_layers
             and not torch.is_grad_enabled()
+            and self._placing[i - 1] == self._placing[i]
             and len(self._layers[i - 1]._forward_hooks) == 1
             and len(self._layers[i]._forward_pre_hooks) == 1
             and not (_global_forward_hooks or _global_forward_pre_hooks)

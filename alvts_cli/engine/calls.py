@@ -32,8 +32,12 @@ _KNOWN = frozenset(
 def cache_of(call: Any) -> Any:
     """The KV cache among the keyword arguments of a call, or in a model's output; None where there
     is none."""
-    get = call.get if isinstance(call, Mapping) else lambda name: getattr(call, name, None)
-    return next((found for name in CACHE_NAMES if (found := get(name)) is not None), None)
+    # No generator: torch.compile before 2.13 does not take one apart.
+    for name in CACHE_NAMES:
+        found = call.get(name) if isinstance(call, Mapping) else getattr(call, name, None)
+        if found is not None:
+            return found
+    return None
 
 
 def going_on(output: Any) -> dict[str, Any]:

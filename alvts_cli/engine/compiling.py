@@ -13,23 +13,27 @@ the second token for all lengths.
 Only a prefill with visual tokens into an empty cache is compiled, and single tokens behind a
 filled one. Later turns of several tokens and text-only prompts run as ever.
 
-That the graphs are whole and give the same result is tested on the CPU. **Their speed on a GPU is
-unmeasured, and CUDA graphs (`mode="reduce-overhead"`) are untested**: every length of the caches
-would be a graph of its own.
+With `mode="reduce-overhead"` a prefill runs as a CUDA graph, one for every number of tokens, and
+what it leaves behind is copied out of the graph's memory, which the next prefill writes to. A
+decoded token runs compiled without one: its caches grow, and every length would be another graph.
 """
 
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .calls import cache_of
 
 State = TypeVar("State")
+
+_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+"""Modes of `torch.compile` that make CUDA graphs, and the same ones without."""
 
 
 def compile_decoder(
@@ -61,7 +65,7 @@ def compile_decoder(
         set_state(state)
         return plain(*args, **kwargs)
 
-    def compiled() -> Callable[..., Any]:
+    def compiled(options: Mapping[str, Any]) -> Callable[..., Any]:
         # Compiled code is kept with the code object, at most so many versions of it: a new object,
         # lest the versions of former attachments count, or those of prefill for decoding.
         fresh = types.FunctionType(
@@ -70,7 +74,9 @@ def compile_decoder(
         graph: Callable[..., Any] = torch.compile(fresh, fullgraph=True, **options)
         return graph
 
-    prefill, decode = compiled(), compiled()
+    graphs = options.get("mode") in _WITHOUT_GRAPHS
+    mode = {"mode": _WITHOUT_GRAPHS[options["mode"]]} if graphs else {}
+    prefill, decode = compiled(options), compiled({**options, **mode})
 
     @wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -83,7 +89,13 @@ def compile_decoder(
         if filled != single:
             return plain(*args, **kwargs)
         try:
-            return (decode if single else prefill)(state, args, kwargs)
+            if single:
+                return decode(state, args, kwargs)
+            if not graphs:
+                return prefill(state, args, kwargs)
+            # Nothing of an earlier prefill is wanted any more.
+            torch.compiler.cudagraph_mark_step_begin()
+            return _copied(prefill(state, args, kwargs))
         except FailOnRecompileLimitHit:
             warnings.warn(
                 "alvts runs a step uncompiled, because torch holds as many compiled versions "
@@ -100,3 +112,36 @@ def compile_decoder(
 
     decoder.forward = forward
     return restore
+
+
+def keep_in_place(selectors: Sequence[Any], pieces: Any) -> None:
+    """Say that fitted maps stay where they are, as torch knows of weights: a CUDA graph reads them
+    there, and does not copy them at every run.
+
+    Args:
+        selectors: of any form.
+        pieces: a `forward.Pieces`.
+    """
+    maps = [vars(one).values() for one in (*selectors, *pieces.carries)]
+    for tensor in (*chain(*maps), *pieces.joined):
+        if isinstance(tensor, Tensor):
+            torch._dynamo.mark_static_address(tensor)
+
+
+def _copied(output: Any) -> Any:
+    """The decoder's output in memory of its own, cache and all."""
+    cache = cache_of(output)
+    for layer in () if cache is None else cache.layers:
+        for name in ("keys", "values", "valid", "bias"):
+            setattr(layer, name, _clone(getattr(layer, name)))
+    for name, value in output.items():
+        if value is not cache:
+            output[name] = _clone(value)
+    return output
+
+
+def _clone(value: Any) -> Any:
+    """A tensor, or several, or None."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(map(_clone, value))
+    return value.clone() if isinstance(value, Tensor) else value

@@ -144,11 +144,19 @@ class _Choice:
 
 @dataclass
 class _Running:
-    """A layer that is running on a selection: what its result is merged with."""
+    """Layers that are running on a selection: what their result is merged with.
 
+    Attributes:
+        layer: number of the layer that runs.
+        choice: that it runs on.
+        hidden: all tokens, `[B, T, D]`, as they were in front of the first of these layers.
+        in_place: whether that may be written to.
+        carry, latent: of what is skipped; None where nothing is carried.
+    """
+
+    layer: int
+    choice: _Choice
     hidden: Tensor
-    rows: Tensor
-    valid: Tensor | None
     in_place: bool
     carry: Carry | None
     latent: Tensor | None
@@ -161,6 +169,8 @@ class Forward:
         plan: of this forward.
         phase: entered around the parts of a selecting layer, see `Attachment.phase`.
         regions: that scoring and selecting run in; None to run them as they are.
+        stays: the coming layer is handed the selection, `[B, K, D]`, as the layer before it left
+            it, and not all tokens.
     """
 
     def __init__(
@@ -191,6 +201,7 @@ class Forward:
         self._layouts: list[tuple[tuple[int, ...], Layout]] = []
         self._masks: list[tuple[Layout, Tensor | None]] = []
         self.regions: Regions | None = None
+        self.stays = False
         self._running: _Running | None = None
 
     def before(
@@ -208,12 +219,16 @@ class Forward:
         Args:
             i: number of the layer, from 0.
             layer: itself.
-            hidden: its input `[B, T, D]`, on its device.
+            hidden: its input `[B, T, D]`, on its device; `[B, K, D]` if `stays`.
             kwargs: what it is called with.
             past: its cache, if there is one.
             ours: whether `hidden` may be written to.
         """
         plan = self.plan
+        if self.stays:
+            assert self._running is not None
+            self._running.layer = i
+            return hidden, self._call(layer, hidden, kwargs, self._running.choice, past)
         plan.move(hidden.device)
         if not plan.selects(i):
             return self._whole(hidden, kwargs, past)
@@ -232,34 +247,69 @@ class Forward:
             chosen = gather_hidden(hidden, rows)
             if self._pieces.policy.pool and choice.layer == i and choice.members is not None:
                 chosen = pooled(chosen, hidden, choice.members, scene)
-            mask = self._selected_mask(choice, chosen, past)
+            called = self._call(layer, chosen, kwargs, choice, past)
             self._running = self._run(i, hidden, choice, ours)
         plan.normed = None
-        return chosen, {
-            **kwargs,
-            "attention_mask": mask,
-            POSITIONS: choice.positions,
-            "position_ids": self._position_ids(layer, scene, rows),
-        }
+        return chosen, called
 
-    def after(self, output: Tensor) -> Tensor | None:
-        """The layer's `output` put back among all tokens, `[B, T, D]`; None where the layer ran on
-        all of them."""
-        running, self._running = self._running, None
+    def after(self, output: Tensor, unseen: bool = False) -> Tensor | None:
+        """The layer's `output` put back among all tokens, `[B, T, D]`; None where it stays as it
+        is: the layer ran on all of them, or the next one runs on the same selection.
+
+        Args:
+            output: `[B, K, D]`, or all tokens.
+            unseen: whether nobody but the next layer, on the same device, is given the result.
+        """
+        running = self._running
         if running is None:
             return None
+        self.stays = unseen and self._watch is None and self._holds(running)
+        if self.stays:
+            return None
+        self._running = None
         with self.phase("merge"):
             hidden, in_place = running.hidden, running.in_place
             if running.carry is not None and running.latent is not None:
                 hidden = carried(hidden, running.latent, running.carry, in_place)
                 # A new tensor, unless it was ours before.
                 in_place = in_place or not torch.is_grad_enabled()
-            return merge(hidden, running.rows, output, running.valid, in_place)
+            rows, layout = running.choice.rows, running.choice.layout
+            assert rows is not None and layout is not None
+            return merge(hidden, rows, output, layout.valid, in_place)
 
-    def _position_ids(self, layer: Any, scene: Scene, rows: Tensor) -> Tensor | None:
+    def _holds(self, running: _Running) -> bool:
+        """Whether the next layer runs on the selection that this one runs on."""
+        plan, choice, after = self.plan, running.choice, running.layer + 1
+        if running.carry is not None or not plan.selects(after):
+            return False
+        if plan.keep_counts[after] != choice.counts:
+            return False
+        every = self._pieces.policy.every
+        return choice is self._text or not every or after - choice.layer < every
+
+    def _call(
+        self,
+        layer: Any,
+        chosen: Tensor,
+        kwargs: dict[str, Any],
+        choice: _Choice,
+        past: SelectiveLayer | None,
+    ) -> dict[str, Any]:
+        """What a layer that runs on `chosen` is called with."""
+        return {
+            **kwargs,
+            "attention_mask": self._selected_mask(choice, chosen, past),
+            POSITIONS: choice.positions,
+            "position_ids": self._position_ids(layer, kwargs, choice),
+        }
+
+    def _position_ids(self, layer: Any, kwargs: dict[str, Any], choice: _Choice) -> Tensor | None:
         """None wherever a layer can do without, for the rotary tables carry the positions, and
         FlashAttention would take ids with gaps for several packed sequences."""
-        if scaled_by_position(layer) is None or scene.ids is None:
+        if scaled_by_position(layer) is None:
+            return None
+        scene, rows = self.plan.scene(kwargs[POSITIONS], kwargs.get("position_ids")), choice.rows
+        if scene.ids is None or rows is None:
             return None
         ids = scene.ids.to(rows.device).expand(len(rows), -1).flatten()
         return ids.index_select(0, rows.flatten()).view(rows.shape)
@@ -372,8 +422,7 @@ class Forward:
         if self._pieces.policy.carry and normed is not None:
             carry = self._pieces.carries[i]
             latent = normed.times(carry.down, carry.eps).to(hidden.dtype)
-        assert choice.rows is not None and choice.layout is not None
-        return _Running(hidden, choice.rows, choice.layout.valid, ours, carry, latent)
+        return _Running(i, choice, hidden, ours, carry, latent)
 
     def _selected_mask(
         self, choice: _Choice, chosen: Tensor, past: SelectiveLayer | None

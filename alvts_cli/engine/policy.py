@@ -77,6 +77,52 @@ NAMED = {
 """Policies by the names that the command line has for them."""
 
 
+LAYERS = (
+    "dense",
+    "chooses",
+    "goes_on",
+    "goes_on_again",
+    "goes_on_otherwise",
+    "text_only",
+    "text_goes_on",
+)
+"""What a layer of a prefill may do: run on all tokens; rank and run on the best; run on the selection
+that the layer before ran on; on an earlier one, taken up again; on another number of an earlier
+ranking's best; on text alone; on text alone like the layer before."""
+
+
+def what_layers_do(
+    policy: Policy, kept: Sequence[int], visual_tokens: int, adds_behind: int
+) -> list[str]:
+    """One of `LAYERS` for every layer of a prefill.
+
+    Args:
+        policy: that tokens are chosen under.
+        kept: visual tokens of every layer.
+        visual_tokens: of the prompt.
+        adds_behind: as `families.Family.adds_behind` has it: up to there all tokens are put back
+            behind every layer, as everywhere if the policy carries what is skipped.
+    """
+    found = []
+    ranked, number = -1, -1
+    for i, count in enumerate(kept):
+        # The selection of the layer before, where that is handed on.
+        handed = None if i == 0 or i <= adds_behind or policy.carry else kept[i - 1]
+        if count == visual_tokens:
+            found.append("dense")
+        elif count == 0:
+            found.append("text_goes_on" if handed == 0 else "text_only")
+        elif ranked < 0 or (policy.every and i - ranked >= policy.every):
+            ranked, number = i, count
+            found.append("chooses")
+        elif count != number:
+            number = count
+            found.append("goes_on_otherwise")
+        else:
+            found.append("goes_on" if handed == count else "goes_on_again")
+    return found
+
+
 def parse_policy(name: str) -> Policy:
     """A policy by its name.
 

@@ -133,12 +133,14 @@ def check_layers(model: Any) -> None:
         return
     width = _table_width(family.text_model(model))
     generator = torch.Generator().manual_seed(0)
-    angle = torch.rand(1, 2, width // 2, generator=generator).repeat(1, 1, 2) * 6
+    angle = torch.rand(1, 2, width // 2, generator=generator, device="cpu").repeat(1, 1, 2) * 6
     layers: Any = family.layers(model)
     for i, layer in enumerate(layers):
         own = parts_of(layer)
         device, dtype = where(own.norm)
-        hidden = torch.randn(1, 2, len(own.norm.weight), generator=generator).to(device, dtype)
+        hidden = torch.randn(1, 2, len(own.norm.weight), generator=generator, device="cpu").to(
+            device, dtype
+        )
         positions = angle.cos().to(hidden), angle.sin().to(hidden)
         index = torch.arange(2, device=device)[None]
         # Far enough apart that a scale by position shows.

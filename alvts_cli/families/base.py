@@ -51,6 +51,15 @@ class Family:
         """The decoder layers, in order."""
         return self.text_model(model).layers  # type: ignore[return-value]
 
+    def adds_behind(self, config: Any) -> int:
+        """Behind how many of the first layers the decoder of a model of `config` itself may add
+        something to the states of visual tokens, of all of them, whichever a layer ran on."""
+        if getattr(config, "deepstack_layer_map", None) is not None:
+            layers: int = config.text_config.num_hidden_layers
+            return layers
+        vision = getattr(config, "vision_config", None)
+        return len(getattr(vision, "deepstack_visual_indexes", None) or ())
+
     def visual_mask(self, model: Any, input_ids: Tensor) -> Tensor:
         """`input_ids` `[B, T]` -> bool `[B, T]`, True at image (and video) tokens."""
         first, *others = (getattr(model.config, name) for name in self.visual_token_ids)

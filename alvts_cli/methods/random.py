@@ -30,7 +30,7 @@ class Random(Method):
         """Uniform random numbers."""
         draw = self.drawn(layer_index)
         draws = [
-            torch.rand(count, generator=_generator(f"{self.seed} {sample} {draw}"))
+            torch.rand(count, generator=_generator(f"{self.seed} {sample} {draw}"), device="cpu")
             for sample, count in zip(self.samples, plan.visual_counts, strict=True)
         ]
         scores = torch.full(plan.visual.shape, -torch.inf, device=hidden.device)

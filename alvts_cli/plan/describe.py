@@ -37,8 +37,10 @@ _KEPT = {
     "dense": 1.0,
     "chooses": KEEP,
     "goes_on": KEEP,
+    "goes_on_again": KEEP,
     "goes_on_otherwise": KEEP / 2,
     "text_only": 0,
+    "text_goes_on": 0,
 }
 """By kind, of the visual tokens where `count_launches` counts it."""
 
@@ -85,6 +87,7 @@ def describe(
         counts={name: counts[replace(policy, every=1)] for name, policy in policies.items()},
         experts=mlp.experts,
         chosen=mlp.chosen,
+        adds_behind=family_of(config).adds_behind(config),
     )
 
 

@@ -48,8 +48,8 @@ class Counts:
     """Under one policy, by the kind of a layer; counted with `bench.launches`.
 
     Attributes:
-        dense, chooses, goes_on, goes_on_otherwise, text_only: of a layer in prefill, as in
-            `bench.launches.Launches`.
+        dense, chooses, goes_on, goes_on_again, goes_on_otherwise, text_only, text_goes_on: of a
+            layer in prefill, as in `bench.launches.Launches`.
         once: in a selecting prefill beside the layers, over the dense one.
         rest: in a dense prefill beside the layers.
         decode, decode_dense, decode_rest: launches of a layer for one more token, and beside them.
@@ -58,8 +58,10 @@ class Counts:
     dense: Kind
     chooses: Kind
     goes_on: Kind
+    goes_on_again: Kind
     goes_on_otherwise: Kind
     text_only: Kind
+    text_goes_on: Kind
     once: Kind
     rest: Kind
     decode: int
@@ -96,6 +98,7 @@ class Shape:
         vision: tower.
         counts: by the name of a policy.
         experts, chosen: MLPs of a layer, and how many of them a token goes through.
+        adds_behind: as `families.Family.adds_behind` has it.
     """
 
     name: str
@@ -113,6 +116,7 @@ class Shape:
     counts: dict[str, Counts]
     experts: int = 1
     chosen: int = 1
+    adds_behind: int = 0
 
 
 def known_shape(name: str) -> Shape | None:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ..engine.policy import Policy
+from ..engine.policy import Policy, what_layers_do
 from ..engine.sizes import ROWS, default_carry_rank, default_rank
 from .shape import Counts, Kind, Shape
 
@@ -151,23 +151,15 @@ def vision(case: Case) -> list[Stretch]:
 def prefill(case: Case) -> list[Stretch]:
     """The decoder layers on the prompt, scoring and all."""
     stretches = []
-    ranked, before = -1, -1
-    for i, kept in enumerate(case.kept):
-        if kept == case.visual_tokens:
-            stretches.append(_layer(case, case.counts.dense, case.tokens, False))
+    layers = what_layers_do(case.policy, case.kept, case.visual_tokens, case.shape.adds_behind)
+    for kept, does in zip(case.kept, layers, strict=True):
+        kind: Kind = getattr(case.counts, does)
+        if does == "dense":
+            stretches.append(_layer(case, kind, case.tokens, False))
             continue
-        chooses = False
-        if kept == 0:
-            kind = case.counts.text_only
-        elif ranked < 0 or (case.policy.every and i - ranked >= case.policy.every):
-            kind, chooses = case.counts.chooses, True
-            ranked, before = i, kept
-        else:
-            kind = case.counts.goes_on if kept == before else case.counts.goes_on_otherwise
-            before = kept
         running = case.text_tokens + kept
         layer = _layer(case, kind, running, case.policy.mass and kept > 0)
-        more = (_scoring(case, running) if chooses else ()) + _carrying(case)
+        more = (_scoring(case, running) if does == "chooses" else ()) + _carrying(case)
         stretches.append(replace(layer, products=layer.products + more))
     stretches.append(_beside(case, case.counts.rest))
     if case.selects:
