@@ -9,7 +9,7 @@ import torch
 import torch._inductor.config
 from torch._dynamo.exc import TorchDynamoException
 
-from ..engine.compiling import compile_decoder
+from ..engine.compiling import compile_decoder, usual_options
 from ..errors import AlvtsError
 from ..families import family_of
 
@@ -29,7 +29,9 @@ def compiled(model: Any) -> Iterator[Any]:
     """
     weights = [*model.parameters(), *model.buffers()]
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in weights})
-    restore = compile_decoder(family_of(twin).text_model(twin), lambda: (), lambda _: None, {})
+    options = usual_options(model.device)
+    decoder = family_of(twin).text_model(twin)
+    restore = compile_decoder(decoder, lambda: (), lambda _: None, options)
     try:
         yield twin
     finally:

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 from weakref import WeakSet
 
 import torch
@@ -19,7 +19,7 @@ from ..families.layer import parts_of
 from ..families.placing import is_offloaded, where
 from .cache import SelectiveLayer, prepare_cache
 from .calls import cache_of, check_layer_call, check_output, warn_if_untested
-from .compiling import compile_decoder, keep_in_place
+from .compiling import compile_decoder, keep_in_place, usual_options
 from .forward import Forward, Pieces, Scorer, Watch, no_phase
 from .keep import Keep, KeepArgument, resolve_keep
 from .masks import mask_style
@@ -27,14 +27,12 @@ from .placing import Selectors, make_pieces, make_scorer, place_selectors
 from .plan import Plan, make_plan, read_inputs
 from .policy import PAPER, Policy, policy_for
 from .probe import check_layers
-from .regions import Regions
 from .scoring import LayerSelector
 
 _attached: WeakSet[nn.Module] = WeakSet()
 
 
-AUTO = "auto"
-Compile = bool | Mapping[str, Any] | Literal["auto"]
+Compile = bool | Mapping[str, Any]
 """How an attached model is compiled, see `attach`."""
 
 
@@ -81,8 +79,7 @@ def attach(
         policy: which pieces are in use; None takes what calibration picked for this `keep`.
         compile: run the decoder's selecting prefill, and single tokens behind it, through
             `torch.compile`, without graph breaks (see `compiling`); True, or keyword arguments of
-            `torch.compile`, such as `{"mode": "reduce-overhead"}` for CUDA graphs. "auto": scoring and selecting alone (see `regions`), and uncompiled,
-            with a warning, where torch cannot compile for the device.
+            `torch.compile`. True takes CUDA graphs on a GPU, `{"mode": "reduce-overhead"}`.
 
     Raises:
         AlvtsError: unknown architecture, sliding windows, an unknown attention implementation,
@@ -244,8 +241,7 @@ class Attachment:
         self.phase: Callable[[str], AbstractContextManager[object]] = no_phase
         self.watch: Watch | None = None
         # torch.compile loses what is written to a state of a thread.
-        whole = compile not in (False, AUTO)
-        self._state = _State() if whole else _StateOfThread()
+        self._state = _StateOfThread() if compile is False else _State()
         layers: Any = family.layers(model)
         self._layers = layers
         self._num_layers = len(layers)
@@ -255,9 +251,8 @@ class Attachment:
         self._scorer, self._pieces = place()
 
         self._uncompile: Callable[[], None] | None = None
-        self._regions = Regions({}) if compile == AUTO else None
-        if isinstance(compile, Mapping) or compile is True:
-            options = {} if compile is True else compile
+        if compile is not False:
+            options = usual_options(model.device) if compile is True else compile
             self._uncompile = compile_decoder(
                 text_model, self._plan_to_compile, self._set_plan, options
             )
@@ -341,7 +336,6 @@ class Attachment:
             self.phase,
             self.watch,
         )
-        self._state.forward.regions = self._regions
 
     def _before_model(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -36,6 +36,12 @@ _WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-n
 """Modes of `torch.compile` that make CUDA graphs, and the same ones without."""
 
 
+def usual_options(device: torch.device) -> Mapping[str, Any]:
+    """What `torch.compile` is told where nothing is asked for. On a GPU launching takes longer than
+    computing, and one graph is launched at once."""
+    return {"mode": "reduce-overhead"} if device.type == "cuda" else {}
+
+
 def compile_decoder(
     decoder: nn.Module,
     state_to_compile: Callable[[], State | None],
@@ -133,7 +139,9 @@ def _copied(output: Any) -> Any:
     cache = cache_of(output)
     for layer in () if cache is None else cache.layers:
         for name in ("keys", "values", "valid", "bias"):
-            setattr(layer, name, _clone(getattr(layer, name)))
+            # A dense model's cache has not all of them.
+            if hasattr(layer, name):
+                setattr(layer, name, _clone(getattr(layer, name)))
     for name, value in output.items():
         if value is not cache:
             output[name] = _clone(value)

@@ -18,7 +18,6 @@ from .merging import gather_hidden, merge, rows_of, sample_starts, take_position
 from .normed import Normed
 from .plan import Plan
 from .policy import PAPER, Policy
-from .regions import Regions
 from .scene import Scene
 from .scoring import LayerSelector, scaled_by_position
 from .selecting import Layout, make_layout, positions_of, select
@@ -168,7 +167,6 @@ class Forward:
     Attributes:
         plan: of this forward.
         phase: entered around the parts of a selecting layer, see `Attachment.phase`.
-        regions: that scoring and selecting run in; None to run them as they are.
         stays: the coming layer is handed the selection, `[B, K, D]`, as the layer before it left
             it, and not all tokens.
     """
@@ -200,7 +198,6 @@ class Forward:
         self._text: _Choice | None = None
         self._layouts: list[tuple[tuple[int, ...], Layout]] = []
         self._masks: list[tuple[Layout, Tensor | None]] = []
-        self.regions: Regions | None = None
         self.stays = False
         self._running: _Running | None = None
 
@@ -234,10 +231,7 @@ class Forward:
             return self._whole(hidden, kwargs, past)
         scene = plan.scene(kwargs[POSITIONS], kwargs.get("position_ids"))
         plan.normed = Normed(hidden, self._pieces.norms[i] if self._pieces.norms else None)
-        if self.regions is None or self.phase is not no_phase or self._watch is not None:
-            choice = _decide(self, i, layer, hidden, kwargs)
-        else:
-            choice = self.regions.run(_decide, i, self, i, layer, hidden, kwargs)
+        choice = self._decide(i, layer, hidden, kwargs)
         rows, layout = choice.rows, choice.layout
         assert rows is not None and layout is not None
         if self._watch is not None:
@@ -325,6 +319,17 @@ class Forward:
             past.expect(self.plan.tokens, past.whole_valid(self.plan.tokens, valid), plain=True)
         # The model's own mask fits a layer that has skipped nothing so far.
         return None if plain else (hidden, {**kwargs, "attention_mask": mask})
+
+    def _decide(self, i: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> _Choice:
+        """Score and select: the choice that layer `i` runs on, made or gone on with."""
+        plan = self.plan
+        ranks = plan.ranks(i)
+        choice = self._choose(i, layer, hidden, kwargs) if ranks else self._text_alone(i)
+        if choice.counts != plan.keep_counts[i]:
+            scene = plan.scene(kwargs[POSITIONS], kwargs.get("position_ids"))
+            with self.phase("select"):
+                self._settle(choice, i, scene, hidden.dtype)
+        return choice
 
     def _choose(self, i: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> _Choice:
         """The choice that holds in layer `i`: a new one, or that of an earlier layer."""
@@ -468,17 +473,3 @@ class Forward:
         bias, valid = past.whole_bias(rows, bias), past.whole_valid(rows, valid)
         past.expect(self.plan.tokens, valid, plain=not selects, bias=bias)
         return build_mask(self._implementation, hidden, slots, valid, bias)
-
-
-def _decide(
-    forward: Forward, i: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]
-) -> _Choice:
-    """Score and select: the choice that layer `i` runs on, made or gone on with."""
-    plan = forward.plan
-    ranks = plan.ranks(i)
-    choice = forward._choose(i, layer, hidden, kwargs) if ranks else forward._text_alone(i)
-    if choice.counts != plan.keep_counts[i]:
-        scene = plan.scene(kwargs[POSITIONS], kwargs.get("position_ids"))
-        with forward.phase("select"):
-            forward._settle(choice, i, scene, hidden.dtype)
-    return choice

@@ -9,9 +9,10 @@
   caches, and is many times as fast.
 - A launch: a decoder layer on next to nothing, modules, dispatch and all.
 
-Each is measured again and again in turns with all others, so that what disturbs the machine for a
-while disturbs all of them; the median counts, and how far the figures were apart is said. **It does
-not see a load that is there all the time**: measure on an idle machine.
+On a GPU all but launching runs as CUDA graphs, lest the host be what is timed. Each is measured
+again and again in turns with all others, so that what disturbs the machine for a while disturbs all
+of them; the median counts, and how far the figures were apart is said. **It does not see a load that
+is there all the time**: measure on an idle machine.
 
 The shapes are none that `alvts bench` is held against: width 3072, lengths between its own.
 """
@@ -96,12 +97,14 @@ class _Figure:
     """Work that is timed.
 
     Attributes:
-        work: once.
+        work: does it `each` times.
+        each: 1, or more where it is a graph.
         together: how often in one timing, lest a GPU's clock be read for every small one.
         times: of one of them, in seconds.
     """
 
     work: Callable[[], object]
+    each: int = 1
     together: int = 1
     times: list[float] = field(default_factory=list)
 
@@ -142,13 +145,16 @@ class _Bench:
 
     def measure(self) -> None:
         """Time everything in turns."""
-        for figure in self._figures.values():
+        for name, figure in self._figures.items():
             figure.work()
+            # On a GPU the host would be what is timed, everywhere but where it is to be.
+            if self.device.type == "cuda" and name != "launch":
+                figure.work, figure.each = _captured(figure.work), _IN_A_GRAPH
             while self._timed(figure) < _LEAST:
                 figure.together *= 2
         for _ in range(_ROUNDS):
             for figure in self._figures.values():
-                figure.times.append(self._timed(figure) / figure.together)
+                figure.times.append(self._timed(figure) / (figure.together * figure.each))
         times = [figure.times for figure in self._figures.values()]
         self.spread = median((max(one) - min(one)) / median(one) for one in times)
 
@@ -252,6 +258,18 @@ class _Layer:
         with Counter(self._device.type) as counter:
             self.whole()
         return len(counter.rest.launches)
+
+
+_IN_A_GRAPH = 16
+
+
+def _captured(work: Callable[[], object]) -> Callable[[], None]:
+    """Work on a GPU, `_IN_A_GRAPH` times over, as one CUDA graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(_IN_A_GRAPH):
+            work()
+    return graph.replay
 
 
 def _product(states: Tensor, weights: Iterator[Tensor]) -> Tensor:
