@@ -1,7 +1,7 @@
 """For all tests: one thread a process, since several processes share the cores; no lines of
 progress in this process, however busy the machine is; and what Hypothesis draws is the same every
-time, unless `--hypothesis-profile long` asks for more. `ALVTS_TEST_DEVICE=cuda` makes every model and
-input of the engine's tests on a GPU."""
+time, unless `--hypothesis-profile long` asks for more. `ALVTS_TEST_DEVICE=cuda` makes every model
+and input of the engine's tests on a GPU."""
 
 import math
 import os

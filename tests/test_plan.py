@@ -1,10 +1,14 @@
 """`alvts plan`: what a card will gain, by calculation."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import weakref
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -320,3 +324,25 @@ def test_a_cpu_has_operators_of_its_own(tmp_path, monkeypatch):
     )
     assert host.dense == card.dense
     assert host.chooses.launches > card.chooses.launches
+
+
+def test_a_captured_graph_holds_what_it_reads(monkeypatch):
+    """Seen on an H100: a graph does not keep its tensors, and read memory that was given back."""
+    from alvts_cli.plan import machine
+
+    runs = []
+
+    class Graph:
+        def replay(self):
+            runs.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph: nullcontext())
+    work = partial(lambda tensor: runs.append("work"), torch.ones(3))
+    held = weakref.ref(work.args[0])
+    replay = machine._captured(work)
+    del work
+    gc.collect()
+    replay()
+    assert held() is not None
+    assert runs == ["work"] * machine._IN_A_GRAPH + ["replay"]

@@ -20,7 +20,6 @@ from .statistics import efficiency, ratio
 from .subject import NEW_TOKENS, Subject, rank_of
 from .timing import Generated, generate
 
-
 _WATCHED = 3
 """Prefills whose phases are timed, at most."""
 

@@ -86,9 +86,9 @@ LAYERS = (
     "text_only",
     "text_goes_on",
 )
-"""What a layer of a prefill may do: run on all tokens; rank and run on the best; run on the selection
-that the layer before ran on; on an earlier one, taken up again; on another number of an earlier
-ranking's best; on text alone; on text alone like the layer before."""
+"""What a layer of a prefill may do: run on all tokens; rank and run on the best; run on the
+selection that the layer before ran on; on an earlier one, taken up again; on another number of an
+earlier ranking's best; on text alone; on text alone like the layer before."""
 
 
 def what_layers_do(

@@ -2,16 +2,19 @@
 
 A card's peaks are its maker's: `cards.json` names the document, and the page on which its numbers
 were read, for the documents themselves could not be had here. What a program reaches of them is
-**assumed**, alike for all cards, and nowhere measured by this project:
+**assumed**, alike for all cards; on one H100 it was measured (in brackets):
 
 - matrix products get `MATMUL_SHARE` of the arithmetic: large ones in bfloat16 were seen at 79 % on
-  an A100 and 75 % on a B200 (lists of measured cards), those of a layer are smaller;
+  an A100 and 75 % on a B200 (lists of measured cards), those of a layer are smaller (48 % at 384
+  rows, 65 at 768, 75 at 1,536);
 - attention gets `ATTENTION_SHARE`, and `BIASED_SHARE` with a number added to every logit, which the
-  flash kernel has no place for: then another kernel runs, that computes the upper triangle too;
-- memory gives `MEMORY_SHARE` of its bandwidth;
+  flash kernel has no place for: then another kernel runs, that computes the upper triangle too
+  (33 % and 24 at 1,536 tokens, both less at fewer);
+- memory gives `MEMORY_SHARE` of its bandwidth (87 %);
 - an eager launch costs the host `LAUNCH`: torch, Python modules around it, and the driver. A token
   of an 8B model decoded in 8.4 ms eager on an H100, with about 40 launches in each of 32 layers,
-  makes 6.6 us (a published run, not ours);
+  makes 6.6 us (a published run, not ours; 17 us in the virtual machine of that H100: the host is
+  what differs most, so measure it);
 - in a CUDA graph a kernel starts `GRAPH_LAUNCH` behind the one before it.
 
 `alvts plan --on this` measures all of them instead, on the machine it runs on.

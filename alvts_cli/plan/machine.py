@@ -10,9 +10,9 @@
 - A launch: a decoder layer on next to nothing, modules, dispatch and all.
 
 On a GPU all but launching runs as CUDA graphs, lest the host be what is timed. Each is measured
-again and again in turns with all others, so that what disturbs the machine for a while disturbs all
-of them; the median counts, and how far the figures were apart is said. **It does not see a load that
-is there all the time**: measure on an idle machine.
+again and again in turns with all others, so that what disturbs the machine for a while disturbs
+all of them; the median counts, and how far the figures were apart is said. **It does not see a
+load that is there all the time**: measure on an idle machine.
 
 The shapes are none that `alvts bench` is held against: width 3072, lengths between its own.
 """
@@ -269,7 +269,12 @@ def _captured(work: Callable[[], object]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         for _ in range(_IN_A_GRAPH):
             work()
-    return graph.replay
+
+    def replay(kept: object = work) -> None:
+        # A graph knows only where the work's tensors lie: whoever holds it must hold them too.
+        graph.replay()
+
+    return replay
 
 
 def _product(states: Tensor, weights: Iterator[Tensor]) -> Tensor:
