@@ -197,7 +197,7 @@ class Attachment:
     Attributes:
         last: what the latest forward with visual tokens kept, in whichever thread, or None.
         phase: in a forward with visual tokens, `phase(name)` is entered around "score", "select"
-            and "merge" of every selecting layer, and around "layer", every layer itself; a
+            and "merge" wherever a layer has that to do, and around "layer", every layer itself; a
             benchmark may put a timer here. While it is set, nothing runs compiled.
         watch: with a function here, it is called with a `Chosen` in every layer that a visual token
             skips, before the layer runs. While it is set, nothing runs compiled.
