@@ -27,6 +27,7 @@ from alvts_cli.engine.selecting import positions_of
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import FAMILIES, family_of
 from alvts_cli.families.base import CAUSAL
+from alvts_cli.families.layer import parts_of
 from alvts_cli.families.table import REFUSED
 
 ATTENTION = ("sdpa", "eager")
@@ -244,7 +245,7 @@ def test_scores_are_of_the_layers_own_attention(kind):
             positions = kwargs["position_embeddings"]
             own = project(layer, hidden, positions)
             scene = Scene(visual, positions, index, ids=kwargs["position_ids"])
-            rows = text_rows(layer, hidden, scene)
+            rows = text_rows(layer, hidden, scene, parts_of(layer).rotary)
             torch.testing.assert_close(rows.query[0], own.query[0][:, index[0]])
             assert rows.scaling == own.scaling
             about = family_of(model).query_key(layer)

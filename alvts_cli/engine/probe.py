@@ -133,8 +133,11 @@ def check_layers(model: Any) -> None:
         return
     width = _table_width(family.text_model(model))
     generator = torch.Generator().manual_seed(0)
-    angle = torch.rand(1, 2, width // 2, generator=generator).repeat(1, 1, 2) * 6
+    angle = torch.rand(1, 2, width // 2, generator=generator) * 6
     layers: Any = family.layers(model)
+    # One form for all layers, as scoring has it.
+    rotary = parts_of(layers[0]).rotary
+    angle = rotary.join(angle, angle, -1)
     for i, layer in enumerate(layers):
         own = parts_of(layer)
         device, dtype = where(own.norm)
@@ -148,8 +151,9 @@ def check_layers(model: Any) -> None:
             reached = _reach(layer, hidden, positions, ids)
             nothing = torch.zeros_like(index, dtype=torch.bool)
             scene = Scene(nothing, positions, index, ids=ids)
-            rows = text_rows(layer, hidden, scene)
-            keys = rotate(_heads(own.key(own.norm(hidden)), own.head_dim, own.key_norm), positions)
+            rows = text_rows(layer, hidden, scene, rotary)
+            keys = _heads(own.key(own.norm(hidden)), own.head_dim, own.key_norm)
+            keys = rotate(keys, positions, rotary)
             if not _alike(rows.query, reached.projected.query):
                 why = "makes its queries"
             elif not _alike(keys, reached.projected.key):
