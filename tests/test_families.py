@@ -20,9 +20,10 @@ from alvts_cli import attach
 from alvts_cli.bench.inputs import synthetic_inputs
 from alvts_cli.bench.timing import generate
 from alvts_cli.engine import LayerSelector, Selection, cache_of, prefill_flops
+from alvts_cli.engine.normed import Normed
 from alvts_cli.engine.probe import attention_importance, check_layers, project
 from alvts_cli.engine.scene import Scene
-from alvts_cli.engine.scoring import asking, importance, text_rows
+from alvts_cli.engine.scoring import asking, importance, text_rows, text_sum
 from alvts_cli.engine.selecting import positions_of
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import FAMILIES, family_of
@@ -245,7 +246,8 @@ def test_scores_are_of_the_layers_own_attention(kind):
             positions = kwargs["position_embeddings"]
             own = project(layer, hidden, positions)
             scene = Scene(visual, positions, index, ids=kwargs["position_ids"])
-            rows = text_rows(layer, hidden, scene, parts_of(layer).rotary)
+            rotary = parts_of(layer).rotary
+            rows = text_rows(layer, hidden, scene, rotary)
             torch.testing.assert_close(rows.query[0], own.query[0][:, index[0]])
             assert rows.scaling == own.scaling
             about = family_of(model).query_key(layer)
@@ -262,6 +264,11 @@ def test_scores_are_of_the_layers_own_attention(kind):
             # The real mean counts text in front of the image, too.
             real = real * float((~visual).sum()) / index.shape[1]
             torch.testing.assert_close(got[visual], real[visual], rtol=1e-3, atol=1e-6)
+            # With the operators of a GPU.
+            normed = Normed(hidden, about.norm_weight)
+            latent = normed.states(about.norm_eps)
+            total, count = text_sum(layer, normed, latent, whole, scene, about.q_norm, rotary)
+            torch.testing.assert_close((total / count)[visual], got[visual], rtol=1e-4, atol=1e-6)
     assert norms == {KINDS[kind].norms}
 
 
@@ -324,7 +331,7 @@ def test_the_arithmetic_of_experts():
 OTHERS = {
     "phi3": "no q_proj",
     "olmo2": "no input_layernorm",
-    "cohere": "makes its queries",
+    "cohere": "it is no RMSNorm",
     "glm4": "makes its queries",
     # Its norms stand behind the rotary positions, under another name.
     "hunyuan_v1_dense": "makes its queries",

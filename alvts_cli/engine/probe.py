@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 
 from ..errors import AlvtsError
 from ..families import family_of
-from ..families.layer import parts_of
+from ..families.layer import norm_weight, parts_of
 from ..families.placing import where
 from .calls import POSITIONS
 from .scene import Scene
@@ -124,7 +124,8 @@ def check_layers(model: Any) -> None:
     architecture says nothing of this: its text model varies.
 
     Raises:
-        AlvtsError: they differ, or the kernel is told more than alvts knows.
+        AlvtsError: they differ, the kernel is told more than alvts knows, or the layer's input goes
+            through something else than an RMSNorm.
     """
     family = family_of(model)
     backbone = family.backbone(model)
@@ -140,6 +141,8 @@ def check_layers(model: Any) -> None:
     angle = rotary.join(angle, angle, -1)
     for i, layer in enumerate(layers):
         own = parts_of(layer)
+        # Queries and keys below are made with the layer's own; a selector starts from an RMSNorm.
+        norm_weight(own.norm)
         device, dtype = where(own.norm)
         hidden = torch.randn(1, 2, len(own.norm.weight), generator=generator).to(device, dtype)
         positions = angle.cos().to(hidden), angle.sin().to(hidden)
