@@ -283,6 +283,8 @@ def test_scores_are_of_the_layers_own_attention(kind):
         ("qwen2_vl", 12),
         ("qwen3_vl", 12),
         ("qwen3_vl_moe", 7),
+        ("glm4v", 12),
+        ("glm_ocr", 12),
     ],
 )
 def test_a_made_up_prompt_has_the_wanted_tokens(kind, visual):

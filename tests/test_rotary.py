@@ -13,7 +13,7 @@ from alvts_cli.engine.probe import check_layers, project
 from alvts_cli.engine.scene import Scene
 from alvts_cli.engine.scoring import _attend, _rotate_columns, rotate, text_rows
 from alvts_cli.errors import AlvtsError
-from alvts_cli.families import family_of, layer, rotary
+from alvts_cli.families import family_of, layer
 from alvts_cli.families.rotary import Rotary, rotary_of
 
 FORMS = {"halves": Rotary(), "neighbours": Rotary(neighbours=True)}

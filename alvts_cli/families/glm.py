@@ -11,7 +11,7 @@ from .layout import View
 
 
 class Glm(Family):
-    """A family whose `input_ids` do not tell images and videos apart, but `mm_token_type_ids` do."""
+    """A family whose `input_ids` do not tell a video from an image; `mm_token_type_ids` do."""
 
     def layout(
         self,
