@@ -6,6 +6,7 @@ column, a family a row.
 
 from contextlib import nullcontext
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import families_table
@@ -20,6 +21,7 @@ from alvts_cli import attach
 from alvts_cli.bench.inputs import synthetic_inputs
 from alvts_cli.bench.timing import generate
 from alvts_cli.engine import LayerSelector, Selection, cache_of, prefill_flops
+from alvts_cli.engine.flops import Mlp, mlp_of
 from alvts_cli.engine.normed import Normed
 from alvts_cli.engine.probe import attention_importance, check_layers, project
 from alvts_cli.engine.scene import Scene
@@ -30,6 +32,7 @@ from alvts_cli.families import FAMILIES, family_of
 from alvts_cli.families.base import CAUSAL
 from alvts_cli.families.layer import parts_of
 from alvts_cli.families.table import REFUSED
+from alvts_cli.plan.describe import describe
 
 ATTENTION = ("sdpa", "eager")
 VIDEOS = [kind for kind, facts in KINDS.items() if facts.video]
@@ -324,6 +327,17 @@ def test_the_arithmetic_of_experts():
     counted = [prefill_flops(text, tokens, Selection(), 5).layers for text in (plain, experts)]
     mlps = 6 * WIDTH * 48, 6 * WIDTH * 2 * 24 + 2 * WIDTH * 4
     assert counted[1] - counted[0] == 4 * 5 * (mlps[1] - mlps[0])
+    # Of GLM's 6, all go through one more, and the first layer has none.
+    text = KINDS["glm4v_moe"].config().text_config
+    given = {layer: mlp_of(text, layer) for layer in range(4)}
+    assert given == {0: Mlp(48), **dict.fromkeys((1, 2, 3), Mlp(24, 6, 2, 1))}
+    text.first_k_dense_replace = 4
+    dense = prefill_flops(text, tokens, Selection(), 5).layers
+    text.first_k_dense_replace = 0
+    more = prefill_flops(text, tokens, Selection(), 5).layers - dense
+    assert more == 4 * 5 * (6 * WIDTH * 3 * 24 + 2 * WIDTH * 6 - 6 * WIDTH * 48)
+    with pytest.raises(AlvtsError, match="experts that all tokens share"):
+        describe("this", SimpleNamespace(text_config=text))
     experts.mlp_only_layers = [1, 2]
     assert prefill_flops(experts, tokens, Selection(), 5).layers == counted[0] + 2 * 5 * (
         mlps[1] - mlps[0]
