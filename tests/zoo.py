@@ -241,6 +241,8 @@ def _glm(kind: str, turned: float = 0.5, **text: Any) -> Any:
         vision_config=vision,
         **_SPECIAL,
         video_token_id=VIDEO,
+        # By which old releases count images.
+        image_start_token_id=VISION_START,
     )
 
 
