@@ -1,5 +1,6 @@
 """How heads are turned by their positions: read off a layer, and the same wherever it is done."""
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 from unittest.mock import patch
@@ -7,14 +8,21 @@ from unittest.mock import patch
 import pytest
 import torch
 from reference import decoder_inputs
+from tiny import Selectors, random_selector
+from torch._dynamo.testing import CompileCounterWithBackend
 from zoo import make_zoo_model, zoo_inputs
 
+from alvts_cli import attach
+from alvts_cli.engine import LayerSelector
 from alvts_cli.engine.probe import check_layers, project
 from alvts_cli.engine.scene import Scene
 from alvts_cli.engine.scoring import _attend, _rotate_columns, rotate, text_rows
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of, layer
 from alvts_cli.families.rotary import Rotary, rotary_of
+from calibration.align import collate
+from calibration.capture import capture
+from calibration.sweep import _target
 
 FORMS = {"halves": Rotary(), "neighbours": Rotary(neighbours=True)}
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -127,3 +135,47 @@ def test_other_tables_than_the_models_are_told_from_them():
     plain = first.self_attn.q_proj(first.input_layernorm(hidden)).unflatten(-1, (-1, 16))
     torch.testing.assert_close(ours[..., 8:], plain.transpose(1, 2)[..., 8:])
     assert not torch.allclose(ours[..., :8], plain.transpose(1, 2)[..., :8])
+
+
+@pytest.fixture
+def compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("kind", ["glm4v", "glm_ocr"])
+def test_neighbours_in_one_graph_and_the_same_bits(kind, compiler):
+    model = make_zoo_model(kind)
+    layers = family_of(model).layers(model)
+    generator = torch.Generator().manual_seed(1)
+    size = len(family_of(model).query_key(layers[0]).w_k)
+    bias = layers[0].self_attn.k_proj.bias is not None
+    selectors = Selectors([random_selector(generator, size, bias) for _ in layers])
+    prompts = [zoo_inputs(model, kind, words=words) for words in ((2, 5), (2, 9), (4, 12))]
+    counter = CompileCounterWithBackend("eager")
+    with torch.no_grad():
+        with attach(model, selectors, 2):
+            expected = [model(**inputs).logits for inputs in prompts]
+        with attach(model, selectors, 2, compile={"backend": counter}):
+            made = [model(**inputs).logits for inputs in prompts]
+    assert all(map(torch.equal, made, expected))
+    # Once more for texts of another length, all together.
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("kind", ["glm4v", "glm4v_moe", "glm_ocr"])
+def test_calibration_holds_selectors_against_the_layers_own_attention(kind):
+    """A selector of full rank is the layer's key projection, and measures no divergence."""
+    model = make_zoo_model(kind)
+    family = family_of(model)
+    sample = capture(model, zoo_inputs(model, kind))
+    first = family.layers(model)[0]
+    own = family.query_key(first)
+    whole = LayerSelector(torch.diag(own.norm_weight), own.w_k, own.b_k, own.norm_eps, own.k_norm)
+    target = _target(first, sample, 0, "ours")
+    _, loss = collate([target, target], torch.device("cpu")).float().measure(whole)
+    torch.testing.assert_close(loss, torch.zeros(2), atol=1e-5, rtol=0)
+    halves = Rotary(not target.rows.rotary.neighbours)
+    _, wrong = replace(target, rows=replace(target.rows, rotary=halves)).measure(whole)
+    assert bool(wrong > 0.01)
