@@ -56,6 +56,7 @@ KNOWN = {
     "smolvlm-256m": Known("HuggingFaceTB/SmolVLM-256M-Instruct", "Idefics3"),
     "smolvlm-500m": Known("HuggingFaceTB/SmolVLM-500M-Instruct", "Idefics3"),
     "smolvlm2-2.2b": Known("HuggingFaceTB/SmolVLM2-2.2B-Instruct", "SmolVLM"),
+    "glm-4.1v-9b": Known("zai-org/GLM-4.1V-9B-Thinking", "GLM-V"),
     "mistral-small-3.1-24b": Known("mistralai/Mistral-Small-3.1-24B-Instruct-2503", "Mistral 3"),
 }
 

@@ -38,6 +38,11 @@ _TURNS = {
     "LlavaOnevision": ("<|im_start|>user ", "{token}\n", "<|im_end|><|im_start|>assistant\n"),
     "Idefics3": _SMOL,
     "SmolVLM": _SMOL,
+    "Glm": (
+        "[gMASK]<sop><|user|>\n",
+        "<|begin_of_image|>{token}<|end_of_image|>",
+        "<|assistant|>\n",
+    ),
     "Pixtral": ("<s>[INST]", "{token}", "[/INST]"),
 }
 """By how the name of the processor's class begins; `_LLAVA` for all others."""
@@ -239,8 +244,11 @@ def usual_template(processor: Any) -> str:
     """
     before, image, after = _turn(processor)
     # What stands once in front of all turns, such as a system turn, is left out of later ones.
-    again = before[max(0, before.rfind("<|im_start|>")) :].removeprefix("<s>")
+    again = before[max(0, before.rfind("<|im_start|>")) :]
+    again = again.removeprefix("<s>").removeprefix("[gMASK]<sop>")
     ends = (repr(end + "\n") for end in ("<|im_end|>", "<end_of_utterance>") if end in after)
+    # GLM ends an answer with what begins the next turn.
+    end = next(ends, "''" if after.startswith("<|assistant|>") else "eos_token")
     space = "" if after.endswith("\n") else " "
     return (
         "{% for message in messages %}{% if message.role == 'user' %}"
@@ -250,7 +258,7 @@ def usual_template(processor: Any) -> str:
         f"{{% endfor %}}{{{{ {after!r} }}}}"
         "{% elif message.role == 'assistant' %}"
         f"{{{{ {space!r} }}}}{{% for part in message.content %}}{{{{ part.text }}}}{{% endfor %}}"
-        f"{{{{ {next(ends, 'eos_token')} }}}}"
+        f"{{{{ {end} }}}}"
         "{% else %}{{ raise_exception('this model has no place for ' + message.role + ' turns') }}"
         "{% endif %}{% endfor %}"
     )
@@ -262,7 +270,8 @@ def _words(processor: Any, part: dict[str, str]) -> str:
         return part["text"]
     image = _turn(processor)[1]
     if part["type"] == "video":
-        return image.replace(processor.image_token, processor.video_token)
+        image = image.replace(processor.image_token, processor.video_token)
+        return image.replace("_of_image", "_of_video")
     return image
 
 

@@ -349,6 +349,47 @@ def _mistral_small() -> Any:
     )
 
 
+def _glm() -> Any:
+    """GLM-4.1V: half of each head is turned."""
+    from transformers import Glm4vConfig
+
+    return Glm4vConfig(
+        vision_config=dict(
+            depth=24,
+            hidden_size=1536,
+            intermediate_size=13696,
+            num_heads=12,
+            in_channels=3,
+            image_size=336,
+            patch_size=14,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+            out_hidden_size=4096,
+        ),
+        text_config=dict(
+            vocab_size=151552,
+            hidden_size=4096,
+            intermediate_size=13696,
+            num_hidden_layers=40,
+            num_attention_heads=32,
+            num_key_value_heads=2,
+            max_position_embeddings=65536,
+            rms_norm_eps=1e-5,
+            rope_parameters=dict(
+                rope_type="default",
+                rope_theta=10000.0,
+                partial_rotary_factor=0.5,
+                mrope_section=[8, 12, 12],
+            ),
+            pad_token_id=151329,
+            eos_token_id=[151329, 151336, 151338, 151348],
+        ),
+        image_token_id=151343,
+        video_token_id=151344,
+        tie_word_embeddings=False,
+    )
+
+
 def _smol() -> Any:
     from .smol.build import make_config
 
@@ -465,6 +506,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
         num_attention_heads=32,
         num_key_value_heads=32,
     ),
+    "glm-4.1v-9b": _glm,
     "mistral-small-3.1-24b": _mistral_small,
     "pocket": _pocket,
     "smol": _smol,

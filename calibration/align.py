@@ -162,6 +162,7 @@ def collate(batch: Sequence[Target], device: torch.device) -> Target:
         TextRows(
             put([target.rows.query for target in batch], 2, rows),
             batch[0].rows.scaling,
+            batch[0].rows.rotary,
         ),
         put([target.index for target in batch], 1, rows),
         put([target.valid for target in batch], 1, rows),

@@ -16,6 +16,7 @@ from alvts_cli.engine.probe import attention_means, project
 from alvts_cli.engine.scoring import TextRows, asking
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import QueryKey, family_of
+from alvts_cli.families.layer import parts_of
 from alvts_cli.header import LayerFit
 from alvts_cli.spread import Group
 
@@ -102,7 +103,7 @@ def _target(layer: Any, sample: Captured, index: int, form: str) -> Target:
     at = asking(sample.visual, ~sample.visual).nonzero()[:, 1]
     query = projected.query[:, :, at.to(visual.device)].cpu()
     valid = torch.ones(1, len(at), dtype=torch.bool)
-    rows = TextRows(query, projected.scaling)
+    rows = TextRows(query, projected.scaling, parts_of(layer).rotary)
     reference = from_visual * from_text if form == "paper" else from_text
     return Target(
         sample.hidden,

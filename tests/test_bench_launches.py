@@ -140,6 +140,9 @@ LIMITS = {
     ("qwen3-vl-8b", "paper", False): (20, 0, 2, 0, 46),
     ("qwen3-vl-8b", "each", False): (38, 7, 5, 2, 54),
     ("qwen3-vl-30b-a3b", "paper", False): (20, 0, 2, 0, 46),
+    # Neighbouring pairs are turned, in a half of each head.
+    ("glm-4.1v-9b", "paper", False): (18, 0, 2, 0, 48),
+    ("glm-4.1v-9b", "once", False): (35, 2, 2, 2, 56),
     # Two samples, one of them padded on the left.
     ("llava-1.5-7b", "paper", True): (22, 0, 4, 1, 73),
     ("llava-1.5-7b", "once", True): (38, 0, 4, 4, 78),

@@ -371,12 +371,15 @@ def _small(name, **text):
                 setattr(part, key, value)
         config.text_config.num_attention_heads = config.text_config.num_key_value_heads = 4
         config.text_config.head_dim = 16
-        if config.model_type == "qwen2_5_vl":
-            config.text_config.rope_parameters["mrope_section"] = [2, 3, 3]
+        if config.model_type in ("qwen2_5_vl", "glm4v"):
+            # Of 16 numbers of a head, GLM turns half.
+            sections = [2, 3, 3] if config.model_type == "qwen2_5_vl" else [1, 1, 2]
+            config.text_config.rope_parameters["mrope_section"] = sections
             config.vision_config.out_hidden_size = 64
             config.vision_config.depth = 1
             config.vision_config.num_heads = 2
             config.image_token_id, config.video_token_id = 990, 991
+            config.text_config.pad_token_id = 0
         else:
             config.vision_config.num_hidden_layers = 2
             config.vision_config.num_attention_heads = 2
@@ -393,6 +396,7 @@ def _small(name, **text):
         ("llava-next-7b", 2928),
         ("llava-next-mistral-7b", 2928),
         ("qwen2.5-vl-3b", 1980),
+        ("glm-4.1v-9b", 1980),
     ],
 )
 def test_random_weights_of_every_family(name, visual, tmp_path, monkeypatch):
@@ -471,6 +475,7 @@ def test_a_narrower_decoder_has_the_same_heads(name):
         ("smolvlm-256m", 0.256),
         ("smolvlm-500m", 0.507),
         ("smolvlm2-2.2b", 2.247),
+        ("glm-4.1v-9b", 10.293),
         ("mistral-small-3.1-24b", 24.011),
     ],
 )

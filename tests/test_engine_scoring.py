@@ -41,6 +41,7 @@ from alvts_cli.engine.scoring import (
 from alvts_cli.engine.selecting import make_layout, positions_of
 from alvts_cli.engine.sizes import ROWS
 from alvts_cli.families import family_of
+from alvts_cli.families.rotary import Rotary
 
 
 def masks(*layouts: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +68,7 @@ class Case:
         return Scene(self.visual, self.positions, index, valid, real)
 
     def rows(self):
-        return text_rows(self.layer, self.hidden, self.scene())
+        return text_rows(self.layer, self.hidden, self.scene(), Rotary())
 
     def score(self):
         return importance(self.hidden, self.selector, self.rows(), self.scene())
@@ -252,7 +253,7 @@ def test_all_heads_at_once_give_the_same(layout, groups, bias, monkeypatch):
         monkeypatch.setattr(scoring, "HELD", held)
         scene = replace(case.scene(), valid=None if alike else scene.valid)
         normed = Normed(case.hidden, case.layer.input_layernorm.weight)
-        total, count = text_sum(case.layer, normed, latent, case.selector, scene, None)
+        total, count = text_sum(case.layer, normed, latent, case.selector, scene, None, Rotary())
         real = case.visual | case.text
         torch.testing.assert_close((total / count)[real], expected[real])
 

@@ -6,6 +6,7 @@ column, a family a row.
 
 from contextlib import nullcontext
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import families_table
@@ -20,14 +21,18 @@ from alvts_cli import attach
 from alvts_cli.bench.inputs import synthetic_inputs
 from alvts_cli.bench.timing import generate
 from alvts_cli.engine import LayerSelector, Selection, cache_of, prefill_flops
+from alvts_cli.engine.flops import Mlp, mlp_of
+from alvts_cli.engine.normed import Normed
 from alvts_cli.engine.probe import attention_importance, check_layers, project
 from alvts_cli.engine.scene import Scene
-from alvts_cli.engine.scoring import asking, importance, text_rows
+from alvts_cli.engine.scoring import asking, importance, text_rows, text_sum
 from alvts_cli.engine.selecting import positions_of
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import FAMILIES, family_of
 from alvts_cli.families.base import CAUSAL
+from alvts_cli.families.layer import parts_of
 from alvts_cli.families.table import REFUSED
+from alvts_cli.plan.describe import describe
 
 ATTENTION = ("sdpa", "eager")
 VIDEOS = [kind for kind, facts in KINDS.items() if facts.video]
@@ -176,7 +181,7 @@ def test_a_video(kind):
     check_selection(kind, "sdpa", images=0, video=True)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in VIDEOS if kind != "perception_lm"])
+@pytest.mark.parametrize("kind", [kind for kind in VIDEOS if KINDS[kind].mixes])
 def test_a_video_behind_an_image(kind):
     check_selection(kind, "sdpa", images=1, video=True)
 
@@ -244,7 +249,8 @@ def test_scores_are_of_the_layers_own_attention(kind):
             positions = kwargs["position_embeddings"]
             own = project(layer, hidden, positions)
             scene = Scene(visual, positions, index, ids=kwargs["position_ids"])
-            rows = text_rows(layer, hidden, scene)
+            rotary = parts_of(layer).rotary
+            rows = text_rows(layer, hidden, scene, rotary)
             torch.testing.assert_close(rows.query[0], own.query[0][:, index[0]])
             assert rows.scaling == own.scaling
             about = family_of(model).query_key(layer)
@@ -261,6 +267,11 @@ def test_scores_are_of_the_layers_own_attention(kind):
             # The real mean counts text in front of the image, too.
             real = real * float((~visual).sum()) / index.shape[1]
             torch.testing.assert_close(got[visual], real[visual], rtol=1e-3, atol=1e-6)
+            # With the operators of a GPU.
+            normed = Normed(hidden, about.norm_weight)
+            latent = normed.states(about.norm_eps)
+            total, count = text_sum(layer, normed, latent, whole, scene, about.q_norm, rotary)
+            torch.testing.assert_close((total / count)[visual], got[visual], rtol=1e-4, atol=1e-6)
     assert norms == {KINDS[kind].norms}
 
 
@@ -275,6 +286,8 @@ def test_scores_are_of_the_layers_own_attention(kind):
         ("qwen2_vl", 12),
         ("qwen3_vl", 12),
         ("qwen3_vl_moe", 7),
+        ("glm4v", 12),
+        ("glm_ocr", 12),
     ],
 )
 def test_a_made_up_prompt_has_the_wanted_tokens(kind, visual):
@@ -301,7 +314,9 @@ def test_families_without_made_up_prompts_are_named():
 @each_kind
 def test_what_an_answer_takes_is_timed(kind):
     model = a_model(kind)
-    made = generate(model, zoo_inputs(model, kind, video=kind in VIDEOS), 2)
+    video = kind in VIDEOS
+    images = int(KINDS[kind].mixes or not video)
+    made = generate(model, zoo_inputs(model, kind, images, video), 2)
     assert made.vision_ms > 0 and made.prefill_ms > 0 and made.kv_bytes > 0
 
 
@@ -312,6 +327,17 @@ def test_the_arithmetic_of_experts():
     counted = [prefill_flops(text, tokens, Selection(), 5).layers for text in (plain, experts)]
     mlps = 6 * WIDTH * 48, 6 * WIDTH * 2 * 24 + 2 * WIDTH * 4
     assert counted[1] - counted[0] == 4 * 5 * (mlps[1] - mlps[0])
+    # Of GLM's 6, all go through one more, and the first layer has none.
+    text = KINDS["glm4v_moe"].config().text_config
+    given = {layer: mlp_of(text, layer) for layer in range(4)}
+    assert given == {0: Mlp(48), **dict.fromkeys((1, 2, 3), Mlp(24, 6, 2, 1))}
+    text.first_k_dense_replace = 4
+    dense = prefill_flops(text, tokens, Selection(), 5).layers
+    text.first_k_dense_replace = 0
+    more = prefill_flops(text, tokens, Selection(), 5).layers - dense
+    assert more == 4 * 5 * (6 * WIDTH * 3 * 24 + 2 * WIDTH * 6 - 6 * WIDTH * 48)
+    with pytest.raises(AlvtsError, match="experts that all tokens share"):
+        describe("this", SimpleNamespace(text_config=text))
     experts.mlp_only_layers = [1, 2]
     assert prefill_flops(experts, tokens, Selection(), 5).layers == counted[0] + 2 * 5 * (
         mlps[1] - mlps[0]
@@ -321,7 +347,7 @@ def test_the_arithmetic_of_experts():
 OTHERS = {
     "phi3": "no q_proj",
     "olmo2": "no input_layernorm",
-    "cohere": "makes its queries",
+    "cohere": "it is no RMSNorm",
     "glm4": "makes its queries",
     # Its norms stand behind the rotary positions, under another name.
     "hunyuan_v1_dense": "makes its queries",

@@ -11,7 +11,7 @@ from PIL import Image
 from alvts_cli import AlvtsError
 from alvts_cli.pocket.build import make_processor
 from alvts_cli.pocket.words import IMAGE, make_prompt
-from alvts_cli.prompts import build_inputs, padding_token, read_image, usual_template
+from alvts_cli.prompts import build_inputs, padding_token, read_image, render, usual_template
 
 PICTURE = Image.new("RGB", (40, 30), "red")
 
@@ -99,6 +99,10 @@ def test_qwens_own_prompt() -> None:
         ("InternVLProcessor", "<|im_start|>user\n<I>\nwhat?<|im_end|>\n<|im_start|>assistant\n"),
         ("LlavaOnevisionProcessor", "<|im_start|>user <I>\nwhat?<|im_end|><|im_start|>assistant\n"),
         ("SmolVLMProcessor", "<|im_start|>User:<I>what?<end_of_utterance>\nAssistant:"),
+        (
+            "Glm4vProcessor",
+            "[gMASK]<sop><|user|>\n<|begin_of_image|><I><|end_of_image|>what?<|assistant|>\n",
+        ),
         ("PixtralProcessor", "<s>[INST]<I>what?[/INST]"),
         ("LlavaProcessor", "USER: <I>\nwhat? ASSISTANT:"),
     ],
@@ -171,7 +175,19 @@ def test_finished_answers_are_filled_with(pad: Any, end: Any, expected: int) -> 
     assert padding_token(model) == expected
 
 
-@pytest.mark.parametrize("name", ["Llava", "Qwen", "InternVL", "LlavaOnevision", "SmolVLM"])
+def test_a_video_stands_between_marks_of_its_own() -> None:
+    facts = dict(image_token="<I>", video_token="<V>", chat_template=None)
+    turn = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "what?"}]}
+    for name, marks in {
+        "Glm46VProcessor": "<|user|>\n<|begin_of_video|><V><|end_of_video|>",
+        "Qwen3VLProcessor": "user\n<|vision_start|><V><|vision_end|>",
+    }.items():
+        assert f"{marks}what?" in render(type(name, (), facts)(), [turn])
+
+
+@pytest.mark.parametrize(
+    "name", ["Llava", "Qwen", "InternVL", "LlavaOnevision", "SmolVLM", "Glm4v"]
+)
 def test_the_usual_prompt_as_a_template(name: str) -> None:
     processor = make_processor()
     processor.__class__ = type(f"{name}Processor", (type(processor),), {})
@@ -191,6 +207,8 @@ def test_the_usual_prompt_as_a_template(name: str) -> None:
     answered, question = both.removeprefix(first).split("and?")
     assert answered.startswith((" that", "that")) and first.endswith(question)
     assert "helpful" not in answered and "<image>" not in answered
+    if name == "Glm4v":
+        assert both.endswith("<|assistant|>\nthat<|user|>\nand?<|assistant|>\n")
     if name == "Llava":
         assert both == "USER: <image>\nwhat? ASSISTANT: that</s>USER: and? ASSISTANT:"
     with pytest.raises(Exception, match="no place for system turns"):

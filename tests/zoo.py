@@ -225,6 +225,37 @@ def _granite() -> Any:
     )
 
 
+def _glm(kind: str, turned: float = 0.5, **text: Any) -> Any:
+    """GLM's vision tower in front of a decoder that turns a part of each head of 16 numbers."""
+    name, inside = {
+        "glm4v": ("Glm4vConfig", "glm4v_text"),
+        "glm4v_moe": ("Glm4vMoeConfig", "glm4v_moe_text"),
+        "glm46v": ("Glm46VConfig", "glm4v_text"),
+        "glm_ocr": ("GlmOcrConfig", "glm_ocr_text"),
+    }[kind]
+    pairs = int(16 * turned) // 2
+    rope = _mrope(pairs // 4, pairs // 4, pairs // 2) | dict(partial_rotary_factor=turned)
+    vision = _QWEN_VISION | dict(image_size=32, out_hidden_size=WIDTH)
+    return getattr(transformers, name)(
+        text_config=text_config(inside, rope_parameters=rope, **text),
+        vision_config=vision,
+        **_SPECIAL,
+        video_token_id=VIDEO,
+        # By which old releases count images.
+        image_start_token_id=VISION_START,
+    )
+
+
+# The size of a head follows from the width.
+_WIDE: dict[str, Any] = dict(num_attention_heads=2, num_key_value_heads=1)
+_GLM_EXPERTS: dict[str, Any] = dict(
+    head_dim=16,
+    n_routed_experts=6,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+    first_k_dense_replace=1,
+)
+
 Pixels = dict[str, torch.Tensor]
 
 
@@ -287,6 +318,8 @@ class Kind:
             where the family has none.
         norms: whether queries and keys have norms.
         rows: name of the argument with the pixels, if it is another.
+        video_id: that marks a video's tokens in `input_ids`.
+        mixes: whether a prompt may have both images and videos.
     """
 
     config: Callable[[], Any]
@@ -295,10 +328,14 @@ class Kind:
     video: tuple[Callable[[Any], Pixels], list[int]] | None = None
     norms: bool = False
     rows: str = "pixel_values"
+    video_id: int = VIDEO
+    mixes: bool = True
 
 
 _QWEN_VIDEO = (_qwen_video, [8])
 _TIMED_VIDEO = (_qwen_video, [4, 4])
+# Of the id that images have, so that transformers takes one kind alone.
+_GLM_VIDEO: dict[str, Any] = dict(video=_TIMED_VIDEO, video_id=IMAGE, mixes=False)
 
 KINDS: dict[str, Kind] = {
     "llava": Kind(lambda: llava_config(text_config("llama"))),
@@ -383,9 +420,14 @@ KINDS: dict[str, Kind] = {
         ),
         lambda count, side, random: {"pixel_values": random(count, 1, 3, side, side)},
         video=(_frames, [32]),
+        mixes=False,
     ),
     "paddleocr_vl": Kind(_paddle, _paddle_patches),
     "granite4_vision": Kind(_granite, _tiled, side=32),
+    "glm4v": Kind(lambda: _glm("glm4v", **_WIDE), _patches, **_GLM_VIDEO),
+    "glm4v_moe": Kind(lambda: _glm("glm4v_moe", **_GLM_EXPERTS), _patches, **_GLM_VIDEO),
+    "glm46v": Kind(lambda: _glm("glm46v", **_WIDE), _patches, **_GLM_VIDEO),
+    "glm_ocr": Kind(lambda: _glm("glm_ocr", 1.0, head_dim=16), _patches, **_GLM_VIDEO),
 }
 
 NEW = ("vipllava", "video_llava", "perception_lm", "granite4_vision")
@@ -430,8 +472,9 @@ def zoo_inputs(
         return torch.randint(3, 80, (count,), generator=generator).tolist()
 
     ids, pixels = [1, *some(words[0])], {}
-    timed = model.config.model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-    start = [VISION_START] if timed or kind == "paddleocr_vl" else []
+    # Told of every token whether it is of an image or of a video.
+    told = model.config.model_type.startswith(("qwen", "glm", "paddleocr"))
+    start = [VISION_START] if told else []
     if images:
         pixels = this.pixels(images, this.side, random)
         with torch.no_grad():
@@ -451,8 +494,9 @@ def zoo_inputs(
     ids += some(words[1])
     if this.rows != "pixel_values" and "pixel_values" in pixels:
         pixels[this.rows] = pixels.pop("pixel_values")
-    input_ids = torch.tensor([ids])
+    marked = torch.tensor([ids])
+    input_ids = marked.masked_fill(marked == VIDEO, this.video_id)
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), **pixels}
-    if timed or kind == "paddleocr_vl":
-        inputs["mm_token_type_ids"] = (input_ids == IMAGE).int() + 2 * (input_ids == VIDEO).int()
+    if told:
+        inputs["mm_token_type_ids"] = (marked == IMAGE).int() + 2 * (marked == VIDEO).int()
     return inputs

@@ -89,7 +89,11 @@ def usual_visual_tokens(config: Any) -> int:
     return _llava_grid(config).tokens
 
 
-_QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+# Of Qwen's vision tower, or of one that is given its patches in the same way.
+_QWEN = (
+    *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+    *("glm4v", "glm4v_moe", "glm46v", "glm_ocr"),
+)
 _TILED = ("internvl", "idefics3", "smolvlm")
 
 _Pixels = tuple[dict[str, Tensor], list[int]]

@@ -61,7 +61,8 @@ def prefill_flops(
         attention    2 d H  for Q K^T and the same for A V, per pair of a row and a column it may
                      see: t (t + 1) / 2 pairs, as the causal kernels compute them
         MLP          3 * 2 t D I  (gate, up, down); with `E` experts, of which a token goes through
-                     `e` of size `I`, 2 t D E for the choice and e * 3 * 2 t D I
+                     `e` of size `I` (and through those that all share), 2 t D E for the choice and
+                     e * 3 * 2 t D I
 
     A selector of rank `R` over all `T` tokens, in every layer that ranks them anew:
 
@@ -128,28 +129,38 @@ class Mlp:
         size: numbers inside it or, where there are several, inside each expert.
         experts: how many there are.
         chosen: how many a token goes through.
+        shared: how many more there are that every token goes through.
     """
 
     size: int
     experts: int = 1
     chosen: int = 1
+    shared: int = 0
 
 
 def mlp_of(text_config: Any, layer: int) -> Mlp:
     """That of one layer of a decoder."""
-    experts = getattr(text_config, "num_experts", None) or 0
+    # By Qwen's names, and by GLM's.
+    experts = getattr(text_config, "num_experts", None)
+    experts = experts or getattr(text_config, "n_routed_experts", None)
     step = getattr(text_config, "decoder_sparse_step", 1)
     plain = layer in (getattr(text_config, "mlp_only_layers", None) or ())
+    plain = plain or layer < getattr(text_config, "first_k_dense_replace", 0)
     if not experts or plain or (layer + 1) % step:
         return Mlp(text_config.intermediate_size)
-    return Mlp(text_config.moe_intermediate_size, experts, text_config.num_experts_per_tok)
+    return Mlp(
+        text_config.moe_intermediate_size,
+        experts,
+        text_config.num_experts_per_tok,
+        getattr(text_config, "n_shared_experts", 0),
+    )
 
 
 def _mlp_flops(text_config: Any, layer: int) -> int:
     """Of one token in a layer's MLP, the choice of its experts included."""
     width, mlp = text_config.hidden_size, mlp_of(text_config, layer)
     choice = 2 * width * mlp.experts if mlp.experts > 1 else 0
-    return int(6 * width * mlp.size * mlp.chosen + choice)
+    return int(6 * width * mlp.size * (mlp.chosen + mlp.shared) + choice)
 
 
 def kv_bytes(cache: Any) -> int:

@@ -77,8 +77,9 @@ def shared_norms(layers: Any) -> Sequence[Tensor]:
 
 def make_scorer(placed: Sequence[Selector | None], layers: Any) -> SelectorScorer:
     """What ranks tokens by selectors that `place_selectors` has put where `layers` are."""
-    norms = [parts_of(layer).query_norm for layer in layers]
-    return SelectorScorer(placed, [None if norm is None else norm_weight(norm) for norm in norms])
+    parts = [parts_of(layer) for layer in layers]
+    norms = [None if own.query_norm is None else norm_weight(own.query_norm) for own in parts]
+    return SelectorScorer(placed, norms, parts[0].rotary)
 
 
 def make_pieces(

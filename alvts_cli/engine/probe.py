@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 
 from ..errors import AlvtsError
 from ..families import family_of
-from ..families.layer import parts_of
+from ..families.layer import norm_weight, parts_of
 from ..families.placing import where
 from .calls import POSITIONS
 from .scene import Scene
@@ -124,7 +124,8 @@ def check_layers(model: Any) -> None:
     architecture says nothing of this: its text model varies.
 
     Raises:
-        AlvtsError: they differ, or the kernel is told more than alvts knows.
+        AlvtsError: they differ, the kernel is told more than alvts knows, or the layer's input goes
+            through something else than an RMSNorm.
     """
     family = family_of(model)
     backbone = family.backbone(model)
@@ -133,10 +134,15 @@ def check_layers(model: Any) -> None:
         return
     width = _table_width(family.text_model(model))
     generator = torch.Generator().manual_seed(0)
-    angle = torch.rand(1, 2, width // 2, generator=generator, device="cpu").repeat(1, 1, 2) * 6
+    angle = torch.rand(1, 2, width // 2, generator=generator, device="cpu") * 6
     layers: Any = family.layers(model)
+    # One form for all layers, as scoring has it.
+    rotary = parts_of(layers[0]).rotary
+    angle = rotary.join(angle, angle, -1)
     for i, layer in enumerate(layers):
         own = parts_of(layer)
+        # Queries and keys below are made with the layer's own; a selector starts from an RMSNorm.
+        norm_weight(own.norm)
         device, dtype = where(own.norm)
         hidden = torch.randn(1, 2, len(own.norm.weight), generator=generator, device="cpu").to(
             device, dtype
@@ -150,8 +156,9 @@ def check_layers(model: Any) -> None:
             reached = _reach(layer, hidden, positions, ids)
             nothing = torch.zeros_like(index, dtype=torch.bool)
             scene = Scene(nothing, positions, index, ids=ids)
-            rows = text_rows(layer, hidden, scene)
-            keys = rotate(_heads(own.key(own.norm(hidden)), own.head_dim, own.key_norm), positions)
+            rows = text_rows(layer, hidden, scene, rotary)
+            keys = _heads(own.key(own.norm(hidden)), own.head_dim, own.key_norm)
+            keys = rotate(keys, positions, rotary)
             if not _alike(rows.query, reached.projected.query):
                 why = "makes its queries"
             elif not _alike(keys, reached.projected.key):

@@ -4,7 +4,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from ..families.rotary import Rotary
 from .merging import join_positions, rows_of, take_positions
 
 
@@ -14,7 +16,8 @@ class Scene:
 
     Attributes:
         visual: bool `[B, T]`.
-        positions: `(cos, sin)` as the layers take them, `[B or 1, T, d]`.
+        positions: `(cos, sin)` as the layers take them, `[B or 1, T, w]`; `w` is the size of a head
+            `d`, or less where the rest of a head is not turned.
         index: int64 `[B, M]`, where the text that asks stands in the sequence.
         valid: bool `[B, M]`, False at the fill of shorter samples; None where there is none.
         real: bool `[B, T]`, False at padding, which is no column; None when nothing is padded.
@@ -57,7 +60,7 @@ class Scene:
         return self._joined
 
     def asked(self) -> tuple[Tensor, Tensor]:
-        """The rotary tables of the text that asks, `[B, M, d]` each."""
+        """The rotary tables of the text that asks, `[B, M, w]` each."""
         if self._asked is None:
             self._asked = take_positions(self.joined(), self.rows())
         return self._asked
@@ -131,7 +134,7 @@ class Scene:
         return self.valid / self.valid.sum(dim=1, keepdim=True).clamp(min=1)
 
     def columns(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The rotary tables as columns: `[B or 1, 1, d, T]`."""
+        """The rotary tables as columns: `[B or 1, 1, w, T]`."""
         if self._columns is None or self._columns[0].dtype != dtype:
             cos, sin = (
                 table.to(self.visual.device, dtype).transpose(1, 2)[:, None].contiguous()
@@ -140,10 +143,20 @@ class Scene:
             self._columns = cos, sin
         return self._columns
 
-    def together(self, dtype: torch.dtype, groups: int, sharing: int) -> "Together":
-        """Tables for queries and keys in one tensor, see `Together`."""
+    def together(
+        self, dtype: torch.dtype, groups: int, sharing: int, width: int, rotary: Rotary
+    ) -> "Together":
+        """Tables for queries and keys in one tensor, see `Together`.
+
+        Args:
+            dtype: of the states.
+            groups: `G`.
+            sharing: `r`.
+            width: `d`.
+            rotary: how the layers turn their heads, the same in all.
+        """
         if self._together is None:
-            self._together = _together(self, dtype, groups, sharing)
+            self._together = _together(self, dtype, groups, sharing, width, rotary)
         return self._together
 
 
@@ -153,25 +166,37 @@ class Together:
     and behind them the keys of all tokens.
 
     Attributes:
-        cos, sin: `[B, 1, r M + T, d]`; the first half of the sines is negated, for a state that is
-            rolled by half its width.
+        cos, sin: `[B, 1, r M + T, d]`, for states times the cosines and their partners times the
+            sines, those of the first of every two negated. Where a head is not turned, 1 and 0.
+        partners: int64 `[d]`, where the partner of each number stands; None where rolling by half
+            the width does it.
         unseen: `[B, G or 1, r M, T]`, what is added to logits.
         weights: float32 `[B, 1, r M]`, of the rows in a mean; None where all have the same.
     """
 
     cos: Tensor
     sin: Tensor
+    partners: Tensor | None
     unseen: Tensor
     weights: Tensor | None
 
 
-def _together(scene: Scene, dtype: torch.dtype, groups: int, sharing: int) -> Together:
+def _together(
+    scene: Scene, dtype: torch.dtype, groups: int, sharing: int, width: int, rotary: Rotary
+) -> Together:
     batch = scene.visual.shape[0]
     table = scene.joined().to(dtype)
     asked = table.index_select(0, scene.rows().flatten())
     asked, every = (part.unflatten(0, (batch, -1)) for part in (asked, table))
     cos, sin = torch.cat([*[asked] * sharing, every], dim=1)[:, None].chunk(2, dim=-1)
-    first, second = sin.chunk(2, dim=-1)
+    turning = sin.shape[-1]
+    first, second = rotary.split(sin, -1)
+    sin = rotary.join(-first, second, -1)
+    partners = None
+    if rotary.neighbours or turning < width:
+        partners = rotary.partners(torch.arange(width, device=sin.device), turning)
+    if turning < width:
+        cos, sin = pad(cos, (0, width - turning), value=1), pad(sin, (0, width - turning))
     unseen = scene.unseen().repeat(1, sharing, 1)[:, None]
     added = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device)
     # Not -inf: a fill row may be padding, without any column.
@@ -181,4 +206,4 @@ def _together(scene: Scene, dtype: torch.dtype, groups: int, sharing: int) -> To
     weights = None
     if scene.valid is not None:
         weights = scene.weights().repeat(1, sharing)[:, None]
-    return Together(cos, torch.cat([-first, second], dim=-1), added, weights)
+    return Together(cos, sin, partners, added, weights)

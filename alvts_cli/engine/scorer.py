@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..families.rotary import Rotary
 from .calls import POSITIONS
 from .normed import Normed, fused
 from .paper import PaperSelector, paper_importance, paper_means
@@ -26,15 +27,18 @@ class SelectorScorer:
         self,
         layers: Sequence[LayerSelector | PaperSelector | None],
         query_norms: Sequence[Tensor | None],
+        rotary: Rotary,
     ) -> None:
         """
         Args:
             layers: one selector per layer, None where no tokens are ranked.
             query_norms: what each layer's RMSNorm of a query head multiplies by, `[d]`; None where
                 it has none.
+            rotary: how all layers turn their heads.
         """
         self.layers = layers
         self._query_norms = query_norms
+        self._rotary = rotary
 
     def importance(
         self,
@@ -56,10 +60,10 @@ class SelectorScorer:
         latent = normed.times(selector.down, selector.eps).to(hidden.dtype)
         if fused(hidden.device):
             norm = self._query_norms[layer_index]
-            found, count = text_sum(layer, normed, latent, selector, scene, norm)
+            found, count = text_sum(layer, normed, latent, selector, scene, norm, self._rotary)
         else:
-            found = text_mean(latent, selector, text_rows(layer, hidden, scene), scene)
-            count = 1
+            rows = text_rows(layer, hidden, scene, self._rotary)
+            found, count = text_mean(latent, selector, rows, scene), 1
         if plan.compares:
             # Of order one; text and padding are like no visual token, whatever they have here.
             return found

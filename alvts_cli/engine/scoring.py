@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..families.rotary import Rotary
 from .merging import gather_hidden
 from .normed import Normed
 from .scene import Scene, Together
@@ -83,10 +84,12 @@ class TextRows:
     Attributes:
         query: `[B, H, M, d]`, the layer's own, with rotary positions.
         scaling: of a logit.
+        rotary: how these turn a head.
     """
 
     query: Tensor
     scaling: float
+    rotary: Rotary
 
 
 def asking(visual: Tensor, text: Tensor) -> Tensor:
@@ -103,24 +106,25 @@ def asking(visual: Tensor, text: Tensor) -> Tensor:
     return seeing & (order * ROWS // count > (order - 1) * ROWS // count)
 
 
-def text_rows(layer: Any, hidden: Tensor, scene: Scene) -> TextRows:
+def text_rows(layer: Any, hidden: Tensor, scene: Scene, rotary: Rotary) -> TextRows:
     """The queries that `layer` will make of the text that asks.
 
     Args:
         layer: a decoder layer.
         hidden: its input `[B, T, D]`.
         scene: says which tokens ask.
+        rotary: how the layer turns its heads.
     """
     normed = layer.input_layernorm(gather_hidden(hidden, scene.rows()))
     attention = layer.self_attn
     states = attention.q_proj(normed).unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, "q_norm", None)
     query = (states if norm is None else norm(states)).transpose(1, 2)
-    query = rotate(query, scene.asked())
+    query = rotate(query, scene.asked(), rotary)
     scale = _scale(layer, scene)
     if scale is not None:
         query = query * scale.to(query)[:, None, :, None]
-    return TextRows(query, attention.scaling)
+    return TextRows(query, attention.scaling, rotary)
 
 
 def _scale(layer: Any, scene: Scene) -> Tensor | None:
@@ -142,11 +146,19 @@ def scaled_by_position(layer: Any) -> tuple[float, int] | None:
     return None if beta is None else (beta, rope["original_max_position_embeddings"])
 
 
-def rotate(states: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary positions `(cos, sin)` `[B or 1, T, d]` on `[B, H, T, d]`, as all families have it."""
+def rotate(states: Tensor, positions: tuple[Tensor, Tensor], rotary: Rotary) -> Tensor:
+    """Rotary positions `(cos, sin)` `[B or 1, T, w]` on `[B, H, T, d]`, as the layers do it."""
     cos, sin = (table.to(states)[:, None] for table in positions)
-    first, second = states.chunk(2, dim=-1)
-    return states * cos + torch.cat([-second, first], dim=-1) * sin
+    turning = states[..., : cos.shape[-1]]
+    first, second = rotary.split(turning, -1)
+    return _and_rest(turning * cos + rotary.join(-second, first, -1) * sin, states, -1)
+
+
+def _and_rest(turned: Tensor, states: Tensor, dim: int) -> Tensor:
+    """What was turned of `states`, and behind it what was not, if there is any."""
+    width = turned.shape[dim]
+    rest = states.shape[dim] - width
+    return torch.cat([turned, states.narrow(dim, width, rest)], dim) if rest else turned
 
 
 def importance(hidden: Tensor, selector: LayerSelector, rows: TextRows, scene: Scene) -> Tensor:
@@ -193,7 +205,7 @@ def text_mean(latent: Tensor, selector: LayerSelector, rows: TextRows, scene: Sc
         keys = keys if bias is None else keys + bias[part]
         if selector.key_norm is not None:
             keys = _norm_columns(keys, selector.key_norm, selector.eps)
-        keys = _rotate_columns(keys, cos, sin)
+        keys = _rotate_columns(keys, cos, sin, rows.rotary)
         start = 0
         while start < count:
             block = slice(start, start + size)
@@ -217,6 +229,7 @@ def text_sum(
     selector: LayerSelector,
     scene: Scene,
     query_norm: Tensor | None,
+    rotary: Rotary,
 ) -> tuple[Tensor, int]:
     """`text_mean` of the layer's own queries in few launches: queries and keys are turned in one
     tensor, and all heads that fit into memory attend at once.
@@ -228,6 +241,7 @@ def text_sum(
         selector: of the layer.
         scene: what is the same in every layer.
         query_norm: `[d]`, what the RMSNorm of a query head multiplies by, if there is one.
+        rotary: how the layer turns its heads.
 
     Returns:
         A sum, float32 `[B, T]`, and what it is to be divided by for the mean.
@@ -249,7 +263,7 @@ def text_sum(
     # Head by head, behind them the keys: [B, G, r M + T, d].
     states = torch.cat([*query.transpose(1, 2).unbind(3), keys.transpose(1, 2)], dim=2)
     some = min(groups, max(1, HELD // (states.numel() // groups)))
-    tables = scene.together(states.dtype, some, sharing)
+    tables = scene.together(states.dtype, some, sharing, width, rotary)
     total: Tensor | None = None
     for group in range(0, groups, some):
         part = _attend(states[:, group : group + some], tables, attention.scaling)
@@ -261,7 +275,11 @@ def text_sum(
 def _attend(states: Tensor, tables: Together, scaling: float) -> Tensor:
     """`[B, T]`: the attention of some key heads, summed over heads and rows."""
     batch, groups, _, width = states.shape
-    turned = torch.addcmul(states * tables.cos, states.roll(width // 2, dims=-1), tables.sin)
+    if tables.partners is None:
+        others = states.roll(width // 2, dims=-1)
+    else:
+        others = states.index_select(-1, tables.partners)
+    turned = torch.addcmul(states * tables.cos, others, tables.sin)
     rows = tables.unseen.shape[2]
     query, keys = turned[:, :, :rows], turned[:, :, rows:]
     unseen = tables.unseen[:, :groups].flatten(0, 1)
@@ -280,15 +298,14 @@ def _norm_columns(states: Tensor, weight: Tensor, eps: float) -> Tensor:
     return states * (scale * weight[:, None]).to(states.dtype)
 
 
-def _rotate_columns(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`rotate` for `[B, G, d, T]`, the tables `[B or 1, 1, d, T]`."""
-    first, second = states.chunk(2, dim=2)
-    (cos_first, cos_second), (sin_first, sin_second) = cos.chunk(2, dim=2), sin.chunk(2, dim=2)
+def _rotate_columns(states: Tensor, cos: Tensor, sin: Tensor, rotary: Rotary) -> Tensor:
+    """`rotate` for `[B, G, d, T]`, the tables `[B or 1, 1, w, T]`."""
+    first, second = rotary.split(states[:, :, : cos.shape[2]], 2)
+    (cos_first, cos_second), (sin_first, sin_second) = rotary.split(cos, 2), rotary.split(sin, 2)
     # Whole halves: written into parts of one tensor, a compiled graph would look at every number.
-    return torch.cat(
-        [
-            (first * cos_first).addcmul_(second, sin_first, value=-1),
-            (second * cos_second).addcmul_(first, sin_second),
-        ],
-        dim=2,
+    turned = rotary.join(
+        (first * cos_first).addcmul_(second, sin_first, value=-1),
+        (second * cos_second).addcmul_(first, sin_second),
+        2,
     )
+    return _and_rest(turned, states, 2)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import AlvtsError
 from .placing import stored, where
+from .rotary import Rotary, rotary_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Parts:
         query, key: the projections.
         query_norm, key_norm: the RMSNorm of each head in front of the rotary positions, or None.
         head_dim: size of a head.
+        rotary: how the rotary positions turn a head; a guess until `engine/probe.py` has looked.
     """
 
     norm: Any
@@ -31,6 +33,7 @@ class Parts:
     query_norm: Any
     key_norm: Any
     head_dim: int
+    rotary: Rotary
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def parts_of(layer: Any) -> Parts:
         getattr(attention, "q_norm", None),
         getattr(attention, "k_norm", None),
         attention.head_dim,
+        rotary_of(attention),
     )
 
 

@@ -5,6 +5,7 @@ the layers themselves are is read off them (`layer`), for text models vary withi
 """
 
 from .base import CAUSAL, Family
+from .glm import Glm
 from .llava_next import LlavaNext
 
 IMAGE = ("image_token_id",)
@@ -38,20 +39,19 @@ FAMILIES: tuple[Family, ...] = (
     Family("PaddleOCR-VL", ("paddleocr_vl",), IMAGE, CAUSAL),
     # Adds features in front of some layers, as Qwen3-VL does behind them.
     LlavaNext("Granite 4 Vision", ("granite4_vision",), IMAGE, CAUSAL),
+    # Frames of a video carry the image's id, each with its time behind it.
+    Glm("GLM-V", ("glm4v", "glm4v_moe", "glm46v"), IMAGE, CAUSAL),
+    Glm("GLM-OCR", ("glm_ocr",), IMAGE, CAUSAL),
     Family("Gemma 3", ("gemma3",), IMAGE, "the tokens of an image see each other"),
     Family("PaliGemma", ("paligemma",), IMAGE, "the image and the question see each other"),
     Family("Molmo 2", ("molmo2",), IMAGE, "all image tokens see each other"),
 )
 
-_PAIRS = "its rotary positions turn neighbouring pairs, which alvts does not score yet"
 _LINEAR = "most of its layers have no attention in which tokens could be skipped"
 
 REFUSED = {
-    "glm4v": _PAIRS,
-    "glm4v_moe": _PAIRS,
-    "glm46v": _PAIRS,
-    "glm_ocr": _PAIRS,
-    "ernie4_5_vl_moe": _PAIRS,
+    "ernie4_5_vl_moe": "its layers are told of every token whether it is visual, and alvts would "
+    "have to select that too",
     "qwen3_5": _LINEAR,
     "qwen3_5_moe": _LINEAR,
     "lfm2_vl": _LINEAR,

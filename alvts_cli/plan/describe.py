@@ -57,7 +57,7 @@ def describe(
         device: that launches are counted on, "cuda" or "cpu".
 
     Raises:
-        AlvtsError: some of its layers have experts and others none.
+        AlvtsError: some of its layers have experts and others none, or experts that all share.
     """
     text = config.text_config
     mlp, *others = {mlp_of(text, i) for i in range(text.num_hidden_layers)}
@@ -66,6 +66,8 @@ def describe(
             f"alvts plan knows models whose layers are all alike; some of {name} have experts and "
             "others none"
         )
+    if mlp.shared:
+        raise AlvtsError(f"alvts plan knows no experts that all tokens share, as {name} has them")
     counts = {
         policy: _counts(config, policy, device)
         for policy in {replace(policy, every=1) for policy in policies.values()}
@@ -168,7 +170,8 @@ def _vision(config: Any) -> Vision:
     with torch.no_grad(), _Attention(tally), tally, flops:
         model.model.get_image_features(**image)
     decoder = sum(one.numel() for one in family_of(config).text_model(model).parameters())
-    head = 0 if config.text_config.tie_word_embeddings else model.lm_head.weight.numel()
+    tied = getattr(config.text_config, "tie_word_embeddings", config.tie_word_embeddings)
+    head = 0 if tied else model.lm_head.weight.numel()
     every = sum(one.numel() for one in model.parameters())
     return Vision(flops.get_total_flops() + tally.flops, every - decoder - head, tally.launches)
 
