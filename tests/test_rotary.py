@@ -182,7 +182,7 @@ def test_calibration_holds_selectors_against_the_layers_own_attention(kind):
     own = family.query_key(first)
     whole = LayerSelector(torch.diag(own.norm_weight), own.w_k, own.b_k, own.norm_eps, own.k_norm)
     target = _target(first, sample, 0, "ours")
-    _, loss = collate([target, target], torch.device("cpu")).float().measure(whole)
+    _, loss = collate([target, target], torch.get_default_device()).float().measure(whole)
     torch.testing.assert_close(loss, torch.zeros(2), atol=1e-5, rtol=0)
     halves = Rotary(not target.rows.rotary.neighbours)
     _, wrong = replace(target, rows=replace(target.rows, rotary=halves)).measure(whole)
