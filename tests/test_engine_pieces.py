@@ -37,11 +37,44 @@ def test_generation_equals_the_reference(policy, keep, attn):
     check_generation(model, make_inputs(model, one_image("llava")), keep, policy=policy)
 
 
+@pytest.mark.parametrize("policy", ["all", "once"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family(family):
+def test_every_family(family, policy):
+    """All tokens are put together in every layer, or not before the last one; Qwen3-VL's decoder
+    itself adds something to them behind the first two."""
     model = make_model(family)
     inputs = make_inputs(model, one_image(family))
-    check_generation(model, inputs, 0.25, family, policy=POLICIES["all"])
+    check_generation(model, inputs, 0.25, family, policy=POLICIES[policy])
+
+
+@pytest.mark.parametrize("by", ["hook", "pre-hook", "hidden states", "gradients", "watch"])
+def test_whoever_looks_sees_all_tokens(by):
+    """Without anyone, a choice for all layers is handed from layer to layer."""
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    layers, tokens, seen = model.model.language_model.layers, inputs["input_ids"].shape[1], []
+    with attach(model, make_selectors(), 4, policy=POLICIES["once"]) as attachment:
+        with torch.no_grad():
+            expected = model(**inputs).logits
+        if by == "hook":
+            layers[1].register_forward_hook(lambda _, args, output: seen.append(output))
+        elif by == "pre-hook":
+            # Behind ours it would see what the layer runs on.
+            pre_hook = layers[2].register_forward_pre_hook
+            pre_hook(lambda _, args: seen.append(args[0]), prepend=True)
+        elif by == "watch":
+            attachment.watch = lambda chosen: seen.append(chosen.layer)
+        with torch.set_grad_enabled(by == "gradients"):
+            output = model(**inputs, output_hidden_states=by == "hidden states")
+    assert torch.equal(output.logits, expected)
+    if by == "watch":
+        assert seen == [0, 1, 2, 3]
+    elif by == "gradients":
+        output.logits.sum().backward()
+        assert all(layer.mlp.up_proj.weight.grad.isfinite().all() for layer in layers)
+    else:
+        seen = output.hidden_states or seen
+        assert seen and all(states.shape[1] == tokens for states in seen)
 
 
 @every_policy
