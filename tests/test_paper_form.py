@@ -1,6 +1,7 @@
 """Selectors as the paper has them: their scores by hand, their fit, their place in the commands."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,18 @@ def test_attached_it_keeps_what_it_ranks_first() -> None:
         alone = make_inputs(model, one_image("llava", seed=3))
         with attach(model, selectors, 3):
             torch.testing.assert_close(model(**alone).logits[0], few[1])
+
+
+def test_moved_it_is_the_same_and_its_bias_stays_in_float32() -> None:
+    selector = random_selector(1)
+    moved = selector.to(torch.device("cpu"), torch.bfloat16)
+    assert (moved.query.dtype, moved.key.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert moved.query_bias is not None and moved.query_bias.dtype == torch.float32
+    assert torch.equal(moved.query_bias, selector.query_bias)
+    assert torch.equal(moved.query, selector.query.bfloat16())
+    bare = replace(selector, query_bias=None).to(torch.device("cpu"), torch.float32)
+    assert bare.query_bias is None and set(bare.tensors()) == {"query", "key"}
+    assert set(moved.tensors()) == {"query", "key", "query_bias"}
 
 
 def test_it_compares_no_tokens() -> None:
