@@ -36,6 +36,7 @@ SECONDS = 60
 
 _PIECES = "test_engine_pieces:not compiled"
 _REFERENCE = "test_engine_reference:(llava- or qwen3_vl-) and sdpa"
+_PAPER = "test_paper_form:not command_line"
 _WATCH = "test_engine_watch:not compiled"
 _SCORING = ("test_engine_scoring", "test_engine_few", _REFERENCE)
 _ATTACHED = ("test_engine_dense", _WATCH, "test_engine_batch:llava")
@@ -44,7 +45,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "__init__.py": ("test_engine_keep", _WATCH),
     "attaching.py": (
         *("test_engine_calls", *_ATTACHED, "test_engine_buffer", "test_python_interface"),
-        "test_paper_form:not command_line",
+        _PAPER,
     ),
     "cache.py": ("test_engine_cache", *_ATTACHED),
     "calls.py": ("test_engine_calls", "test_engine_cache", "test_engine_dense"),
@@ -58,6 +59,8 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_plan:arithmetic",
         "test_engine_cache",
         "test_cli_bench:counted or everything",
+        "test_families:arithmetic",
+        _PAPER,
     ),
     "forward.py": (_PIECES, _REFERENCE, _WATCH, "test_engine_buffer", "test_engine_masks"),
     "keep.py": ("test_engine_keep", "test_properties:count or resolved or budget", _WATCH),
@@ -65,17 +68,22 @@ TESTS: dict[str, tuple[str, ...]] = {
     "mass.py": (_PIECES, "test_engine_few"),
     "merging.py": ("test_engine_scoring", "test_engine_buffer", _REFERENCE),
     "normed.py": _SCORING,
-    "paper.py": ("test_paper_form:not command_line",),
-    "placing.py": ("test_engine_few", _PIECES, "test_paper_form:not command_line", _REFERENCE),
-    "plan.py": (_REFERENCE, *_ATTACHED),
+    "paper.py": (_PAPER,),
+    "placing.py": ("test_engine_few", _PIECES, _PAPER, _REFERENCE),
+    "plan.py": ("test_engine_plan", _REFERENCE, *_ATTACHED),
     "policy.py": (_PIECES, "test_calibration_policy", "test_artifact:wrong_kind"),
-    "probe.py": ("test_calibration_reference", "test_engine_scoring", "test_methods_peers"),
+    "probe.py": (
+        "test_families:small_weights or scores_otherwise",
+        "test_calibration_reference",
+        "test_engine_scoring",
+        "test_methods_peers",
+    ),
     "regions.py": ("test_engine_regions",),
-    "scene.py": (*_SCORING, _PIECES),
-    "scorer.py": (*_SCORING, _PIECES),
+    "scene.py": ("test_engine_plan", _PAPER, *_SCORING, _PIECES),
+    "scorer.py": (_PAPER, *_SCORING, _PIECES),
     "scoring.py": (*_SCORING, "test_families:ministral3 and (later_text or own_attention)"),
     "selecting.py": ("test_engine_scoring", _REFERENCE, "test_methods_budgets"),
-    "sizes.py": ("test_paper_form:not command_line", "test_plan:arithmetic", "test_engine_few"),
+    "sizes.py": (_PAPER, "test_plan:arithmetic", "test_engine_few"),
 }
 """The quick tests of each module of the engine: files, or files and a `-k` behind a colon."""
 

@@ -117,6 +117,18 @@ def test_a_bias_is_of_all_slots():
     assert layer.whole_bias(1, one).tolist() == [[3.5, 4.5, 1.5], [5.5, 6.5, 2.5]]
 
 
+def test_what_is_real_is_said_of_all_slots():
+    layer = SelectiveLayer()
+    one = torch.tensor([[False], [True]])
+    assert layer.whole_valid(1, None) is None and layer.whole_valid(1, one) is one
+    layer.update(states(2), states(2))
+    assert layer.whole_valid(1, None) is None
+    assert layer.whole_valid(1, one).tolist() == [[True, True, False], [True] * 3]
+    layer.valid = torch.tensor([[False, True], [True, True]])
+    assert layer.whole_valid(2, None).tolist() == [[False, True, True, True], [True] * 4]
+    assert layer.whole_valid(1, one).tolist() == [[False, True, False], [True] * 3]
+
+
 def test_layer_carries_valid_through_batch_operations():
     layer = filled()
     keys = layer.keys
