@@ -50,7 +50,7 @@ def test_all_tensors_move_to_the_device_of_the_coming_layer() -> None:
     plan = planned("tvvtvvvt", "..tvvvvt")
     tables = (torch.ones(1, 8, 4), torch.ones(1, 8, 4))
     here = plan.scene(tables)
-    plan.move(torch.device("cpu"))
+    plan.move(plan.visual.device)
     assert plan.scene(tables) is here
     there = torch.device("meta")
     plan.move(there)

@@ -79,8 +79,6 @@ def test_a_compiler_that_fails_is_said_once():
 
     with through(broken), pytest.warns(UserWarning, match="no compiler for this device") as said:
         found = logits(model, prompts, compile="auto")
-    # Not the advice that torch has behind it.
-    assert "TORCHDYNAMO_VERBOSE" not in str(said[0].message)
     assert len(asked) == 1 and len([one for one in said if "alvts" in str(one.message)]) == 1
     for (got, _), (wanted, _) in zip(found, expected, strict=True):
         assert torch.equal(got, wanted)

@@ -87,7 +87,8 @@ def test_the_operators_of_a_gpu_give_the_same(
 ) -> None:
     monkeypatch.setattr("alvts_cli.engine.paper._ROWS_AT_ONCE", at_once)
     size = len(kinds)
-    hidden = torch.randn(1, size, WIDTH, generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(5)
+    hidden = torch.randn(1, size, WIDTH, generator=generator)
     selector = random_selector(1)
     visual = torch.tensor([[kind == "v" for kind in kinds]])
     real = torch.tensor([[kind != "-" for kind in kinds]])
@@ -157,12 +158,13 @@ def test_attached_it_keeps_what_it_ranks_first() -> None:
 
 def test_moved_it_is_the_same_and_its_bias_stays_in_float32() -> None:
     selector = random_selector(1)
-    moved = selector.to(torch.device("cpu"), torch.bfloat16)
+    here = selector.key.device
+    moved = selector.to(here, torch.bfloat16)
     assert (moved.query.dtype, moved.key.dtype) == (torch.bfloat16, torch.bfloat16)
     assert moved.query_bias is not None and moved.query_bias.dtype == torch.float32
     assert torch.equal(moved.query_bias, selector.query_bias)
     assert torch.equal(moved.query, selector.query.bfloat16())
-    bare = replace(selector, query_bias=None).to(torch.device("cpu"), torch.float32)
+    bare = replace(selector, query_bias=None).to(here, torch.float32)
     assert bare.query_bias is None and set(bare.tensors()) == {"query", "key"}
     assert set(moved.tensors()) == {"query", "key", "query_bias"}
 
