@@ -88,6 +88,47 @@ def test_layer_reports_what_was_seen():
     assert layer.valid is valid
 
 
+def states(new):
+    """Keys or values of so many tokens, of another number of heads."""
+    return torch.randn(2, 5, new, 4)
+
+
+def test_what_nobody_announces_is_plain_tokens():
+    layer = SelectiveLayer()
+    layer.update(states(3), states(3))
+    assert (layer.slots, layer.seen, layer.plain) == (3, 3, True)
+    # What was said of one update is not taken for the next one.
+    layer.expect(4, None, plain=True, bias=torch.ones(2, 7))
+    layer.update(states(4), states(4))
+    layer.update(states(1), states(1))
+    assert (layer.slots, layer.seen, layer.valid) == (8, 8, None)
+    assert layer.bias.tolist() == [[1.0] * 7 + [0.0]] * 2
+
+
+def test_a_bias_is_of_all_slots():
+    layer = SelectiveLayer()
+    one = torch.tensor([[1.5], [2.5]])
+    assert layer.whole_bias(1, None) is None and layer.whole_bias(1, one) is one
+    layer.update(states(2), states(2))
+    assert layer.whole_bias(1, None) is None
+    assert layer.whole_bias(1, one).tolist() == [[0, 0, 1.5], [0, 0, 2.5]]
+    layer.bias = torch.tensor([[3.5, 4.5], [5.5, 6.5]])
+    assert layer.whole_bias(2, None).tolist() == [[3.5, 4.5, 0, 0], [5.5, 6.5, 0, 0]]
+    assert layer.whole_bias(1, one).tolist() == [[3.5, 4.5, 1.5], [5.5, 6.5, 2.5]]
+
+
+def test_what_is_real_is_said_of_all_slots():
+    layer = SelectiveLayer()
+    one = torch.tensor([[False], [True]])
+    assert layer.whole_valid(1, None) is None and layer.whole_valid(1, one) is one
+    layer.update(states(2), states(2))
+    assert layer.whole_valid(1, None) is None
+    assert layer.whole_valid(1, one).tolist() == [[True, True, False], [True] * 3]
+    layer.valid = torch.tensor([[False, True], [True, True]])
+    assert layer.whole_valid(2, None).tolist() == [[False, True, True, True], [True] * 4]
+    assert layer.whole_valid(1, one).tolist() == [[False, True, False], [True] * 3]
+
+
 def test_layer_carries_valid_through_batch_operations():
     layer = filled()
     keys = layer.keys
@@ -144,5 +185,11 @@ def test_flops_equal_those_of_the_matrices(model):
     policy = Policy(every=0, quality=0.3, mass=True, carry=True)
     selection = Selection(8, policy, carry_rank=2)
     once = prefill_flops(config, [16, 16, 12, 28], selection, 28, text_tokens=12)
+    # Of rank 0 where nobody says which: nothing.
+    free = Policy(every=0, carry=True)
+    alone = Policy(every=0)
+    assert prefill_flops(config, [16] * LAYERS, Selection(8, free), 28, 12) == prefill_flops(
+        config, [16] * LAYERS, Selection(8, alone), 28, 12
+    )
     compared = 2 * 16 * 16 * 8 + 2 * 28 * 16 * 8
     assert once.scoring == one_layer + compared + 3 * 2 * 28 * 2 * config.hidden_size * 2

@@ -5,10 +5,10 @@ import torch
 from test_engine_batch import fresh, prompts
 from test_engine_pieces import POLICIES, every_policy
 from test_engine_reference import check_generation
-from tiny import FAMILIES, Prompt, make_inputs, make_model, make_selectors, one_image
+from tiny import FAMILIES, LAYERS, Prompt, make_inputs, make_model, make_selectors, one_image
 
 from alvts_cli import attach
-from alvts_cli.engine import normed, placing, scorer
+from alvts_cli.engine import PAPER, normed, placing, scorer
 
 
 @pytest.fixture(autouse=True)
@@ -52,3 +52,26 @@ def test_a_padded_batch_equals_its_samples(policy):
             length = inputs["input_ids"].shape[1]
             one = fresh(model)(**inputs).logits[0]
             torch.testing.assert_close(whole[b, longest - length :], one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", [PAPER, POLICIES["all"]])
+@pytest.mark.parametrize("family", ["llava", "qwen3_vl"])
+def test_importance_is_told_as_without_them(family, policy, monkeypatch):
+    model = make_model(family)
+    inputs = make_inputs(model, *prompts(family))
+    selectors = make_selectors(family, policy=policy)
+    told = {}
+    for few in (True, False):
+        for module in (normed, placing, scorer):
+            monkeypatch.setattr(module, "fused", lambda device, few=few: few)
+        told[few] = []
+        with torch.no_grad(), attach(model, selectors, 0.25) as attachment:
+            attachment.watch = told[few].append
+            model(**inputs)
+    assert len(told[True]) == LAYERS
+    for few, plain in zip(told[True], told[False], strict=True):
+        found, wanted = few.importance, plain.importance
+        if policy.compares:
+            # A sum where the other is a mean: comparing tokens does not ask for the scale.
+            found = found * (wanted.amax() / found.amax())
+        torch.testing.assert_close(found, wanted)

@@ -44,6 +44,32 @@ def test_eager_is_additive(dtype):
     assert bool(mask.isfinite().all())
 
 
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize("style", ["sdpa", "eager"])
+def test_a_bias_stands_beside_what_is_hidden(style):
+    bias = torch.tensor([[0.5, 1.5, 2.5], [3.5, 4.5, 5.5]])
+    mask = build_mask(style, torch.zeros(2, 2, 8), 1, None, bias)
+    assert mask.dtype == torch.float32
+    assert mask[:, 0].tolist() == [
+        [[0.5, 1.5, LOWEST], [0.5, 1.5, 2.5]],
+        [[3.5, 4.5, LOWEST], [3.5, 4.5, 5.5]],
+    ]
+    filled = build_mask(style, torch.zeros(2, 2, 8), 1, bools("010 111"), bias)
+    assert filled[0, 0].tolist() == [[LOWEST, 1.5, LOWEST], [LOWEST, 1.5, 2.5]]
+    assert torch.equal(filled[1], mask[1])
+
+
+@pytest.mark.parametrize("style", ["sdpa", "eager"])
+def test_a_single_row_is_given_the_bias_alone(style):
+    token, bias = torch.zeros(2, 1, 8), torch.tensor([[0.5, 1.5], [2.5, 3.5]])
+    assert torch.equal(build_mask(style, token, 1, None, bias), bias[:, None, None])
+    filled = build_mask(style, token, 1, bools("01 11"), bias)
+    assert filled[:, 0, 0].tolist() == [[LOWEST, 1.5], [2.5, 3.5]]
+    assert build_mask(style, token.bfloat16(), 1, None, bias).dtype == torch.bfloat16
+
+
 def test_styles():
     assert mask_style("kernels-community/flash-attn3") == "flash"
     for unknown in ("flex_attention", "paged|sdpa"):

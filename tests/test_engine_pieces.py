@@ -9,7 +9,7 @@ from test_engine_reference import check_generation, counts
 from tiny import CACHE, FAMILIES, LAYERS, Prompt, make_inputs, make_model, make_selectors, one_image
 
 from alvts_cli import AlvtsError, attach
-from alvts_cli.engine import NAMED, Policy, cache_of, make_pieces
+from alvts_cli.engine import NAMED, Policy, cache_of, make_pieces, parse_policy
 from alvts_cli.engine.diversity import directions
 from alvts_cli.engine.mass import find_members, pooled
 from alvts_cli.engine.scene import Scene
@@ -227,6 +227,9 @@ def test_named_policies():
         "every-4": "chosen in every 4 layers, diverse (importance^0.3), mass, pool, carry",
         "each": "chosen in each layer, diverse (importance^0.3), mass, carry",
     }
+    assert [parse_policy(name) for name in NAMED] == list(NAMED.values())
+    with pytest.raises(AlvtsError, match="unknown policy 'twice'; known: paper, once"):
+        parse_policy("twice")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

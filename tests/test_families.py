@@ -367,6 +367,17 @@ def test_a_text_model_that_scores_otherwise_is_refused(text, why):
         attach(model, selectors, 0.5)
 
 
+def test_small_weights_hide_no_other_way():
+    """What is alike but for rounding is so by the size of the numbers."""
+    auto: Any = AutoModelForImageTextToText
+    model = randomise(auto.from_config(llava_config(text_config("cohere"))))
+    for layer in decoder(model).layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            projection.weight.data *= 0.01
+    with pytest.raises(AlvtsError, match="makes its queries"):
+        check_layers(model)
+
+
 def test_a_decoder_without_rotary_positions_in_some_layers_is_refused():
     auto: Any = AutoModelForImageTextToText
     text = text_config("smollm3", no_rope_layers=[1, 1, 1, 0], sliding_window=None)

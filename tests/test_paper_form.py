@@ -1,6 +1,7 @@
 """Selectors as the paper has them: their scores by hand, their fit, their place in the commands."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,27 @@ from calibration_tools import LAYERS, make_small, scenes
 from cli_tools import alvts, refused
 from test_calibration_command import small_folder
 from tiny import LAYERS as TINY_LAYERS
-from tiny import WIDTH, make_inputs, make_model, make_paper_selectors, one_image
+from tiny import WIDTH, Prompt, make_inputs, make_model, make_paper_selectors, one_image
 from tiny import paper_selector as random_selector
 
 from alvts_cli import attach
 from alvts_cli.artifact import load_artifact, save_artifact
-from alvts_cli.engine import NAMED, PAPER, PaperSelector, Selection, paper_rank, prefill_flops
-from alvts_cli.engine.paper import paper_importance
+from alvts_cli.engine import (
+    NAMED,
+    PAPER,
+    Chosen,
+    PaperSelector,
+    Selection,
+    normed,
+    paper_rank,
+    placing,
+    prefill_flops,
+    scorer,
+)
+from alvts_cli.engine.normed import Normed
+from alvts_cli.engine.paper import paper_importance, paper_means
 from alvts_cli.engine.probe import attention_means, project
+from alvts_cli.engine.scene import Scene
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of
 from calibration import Settings, calibrate
@@ -70,6 +84,65 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(parts, whole)
 
 
+@pytest.mark.parametrize("at_once", [64, 3])
+@pytest.mark.parametrize("kinds", ["tvvvvttt", "--tvvvtt", "vvvtvtvt", "vvv"])
+def test_the_operators_of_a_gpu_give_the_same(
+    kinds: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alvts_cli.engine.paper._ROWS_AT_ONCE", at_once)
+    size = len(kinds)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(5)
+    hidden = torch.randn(1, size, WIDTH, generator=generator)
+    selector = random_selector(1)
+    visual = torch.tensor([[kind == "v" for kind in kinds]])
+    real = torch.tensor([[kind != "-" for kind in kinds]])
+    tables = torch.ones(1, size, 4)
+    scene = Scene(
+        visual,
+        (tables, tables),
+        torch.zeros(1, 1, dtype=torch.int64),
+        real=real if "-" in kinds else None,
+    )
+    from_visual, from_text = paper_means(Normed(hidden), selector, scene)
+    if "t" in kinds:
+        found = (from_visual * from_text)[0].tolist()
+        for i, wanted in enumerate(by_hand(hidden[0], selector, kinds)):
+            if kinds[i] == "v":
+                assert found[i] == pytest.approx(wanted, rel=1e-4)
+    else:
+        # Without text the second factor must not change the order.
+        torch.testing.assert_close(from_text, from_visual)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attached_as_on_a_gpu_it_keeps_the_same(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llava", dtype=dtype)
+    inputs = make_inputs(model, one_image("llava"), Prompt([1, 5, 6], [(16, 16)]))
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    kept: dict[bool, list[set[tuple[int, int]]]] = {}
+    for few in (False, True):
+        for module in (normed, placing, scorer):
+            monkeypatch.setattr(module, "fused", lambda device, few=few: few)
+        told: list[Chosen] = []
+        with torch.no_grad(), attach(model, make_paper_selectors(), 5) as attachment:
+            attachment.watch = told.append
+            model(**inputs)
+        kept[few] = [
+            {
+                (b, int(token))
+                for b, index in enumerate(one.index)
+                for token in (index if one.valid is None else index[one.valid[b]])
+            }
+            for one in told
+        ]
+    assert len(kept[False]) == len(kept[True]) == TINY_LAYERS
+    for plain, found in zip(kept[False], kept[True], strict=True):
+        # In half precision two that are near each other may change places.
+        assert len(plain ^ found) <= (0 if dtype == torch.float32 else 4)
+
+
 def test_attached_it_keeps_what_it_ranks_first() -> None:
     model = make_model("llava")
     inputs = make_inputs(model, one_image("llava"), one_image("llava", seed=3))
@@ -85,6 +158,19 @@ def test_attached_it_keeps_what_it_ranks_first() -> None:
         alone = make_inputs(model, one_image("llava", seed=3))
         with attach(model, selectors, 3):
             torch.testing.assert_close(model(**alone).logits[0], few[1])
+
+
+def test_moved_it_is_the_same_and_its_bias_stays_in_float32() -> None:
+    selector = random_selector(1)
+    here = selector.key.device
+    moved = selector.to(here, torch.bfloat16)
+    assert (moved.query.dtype, moved.key.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert moved.query_bias is not None and moved.query_bias.dtype == torch.float32
+    assert torch.equal(moved.query_bias, selector.query_bias)
+    assert torch.equal(moved.query, selector.query.bfloat16())
+    bare = replace(selector, query_bias=None).to(here, torch.float32)
+    assert bare.query_bias is None and set(bare.tensors()) == {"query", "key"}
+    assert set(moved.tensors()) == {"query", "key", "query_bias"}
 
 
 def test_it_compares_no_tokens() -> None:

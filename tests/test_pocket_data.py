@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from alvts_cli.pocket.easy import load_easy
-from alvts_cli.pocket.examples import easy_example, scene_example, to_pixels
 from alvts_cli.pocket.questions import KINDS, NUMBERS, ask, ask_kind
 from alvts_cli.pocket.scenes import CELL, COLORS, SPLITS, make_scene, render, seed_of
-from alvts_cli.pocket.segments import SEGMENT, make_segments
+from alvts_cli.pocket.training.examples import easy_example, scene_example, to_pixels
+from alvts_cli.pocket.training.segments import SEGMENT, make_segments
 from alvts_cli.pocket.words import PATCH_GROUPS, make_prompt, make_tokenizer
 
 SEEDS = range(300)

@@ -1,17 +1,19 @@
 """The recipe: packed questions equal single prompts; a resumed run equals an uninterrupted one."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from cli_tools import refused
 
 from alvts_cli.errors import AlvtsError
-from alvts_cli.pocket import train as recipe
 from alvts_cli.pocket.build import make_model
-from alvts_cli.pocket.examples import scene_example
-from alvts_cli.pocket.packed import packed_logits
-from alvts_cli.pocket.segments import make_segments
-from alvts_cli.pocket.vision import encode
+from alvts_cli.pocket.training import train as recipe
+from alvts_cli.pocket.training.examples import scene_example
+from alvts_cli.pocket.training.packed import packed_logits
+from alvts_cli.pocket.training.segments import make_segments
+from alvts_cli.pocket.training.vision import encode
 from alvts_cli.pocket.words import IMAGE, make_tokenizer
 
 torch.set_num_threads(1)
@@ -85,3 +87,14 @@ def test_a_checkpoint_of_another_seed_is_refused(tmp_path: Path) -> None:
     recipe.train(tmp_path, phases=SHORT[:1])
     with pytest.raises(AlvtsError, match="another recipe or seed"):
         recipe.train(tmp_path, seed=1, phases=SHORT[:1])
+
+
+def test_an_install_without_the_recipes_says_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "alvts_cli.pocket.training", None)
+    out, gguf = tmp_path / "out", tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
+    for command in (("pocket", "train"), ("smol", "train", gguf)):
+        assert "python -m alvts_cli" in refused(*command, "--out", out)
+    assert not out.exists()

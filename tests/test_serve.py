@@ -187,6 +187,7 @@ _PART = {"type": "image_url", "image_url": {"url": URL, "detail": "high"}}
         ({"extra_body": {"generation_config": "{}"}}, "generation_config"),
         ({"extra_body": {"chat_template_kwargs": {"chat_template": "x"}}}, "chat_template_kwargs"),
         ({"model": "other"}, "other"),
+        ({"model": "o\nther"}, "o ther"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 4000}, "leaves room for"),
         ({"question": "is it " * 2500}, "leaves room for 0"),
@@ -203,6 +204,37 @@ def test_a_bad_request_is_one_line(client: Any, request_: dict[str, Any], word: 
     values = {name: value() if callable(value) else value for name, value in request_.items()}
     status, message = refusal(client, **values)
     assert 400 <= status < 500 and word in message
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        *((text, "must be a JSON object") for text in ("[1]", '"x"', "null", "3", "")),
+        ("{", "not JSON: Expecting property name enclosed in double quotes at character 1"),
+        ('{"model": "pocket",}', "not JSON"),
+        (b"\xff", "parsing the body"),
+        ("[" * 100_000, "parsing the body"),
+        # Half of a character, which JSON can hold and UTF-8 cannot.
+        (json.dumps(_message(_PART) | {"model": "\ud83d"}), r"\ud83d"),
+        (
+            json.dumps(_message(_PART, {"type": "text", "text": "\ud83d, cut off"})),
+            "messages.0.content.1: half of a surrogate pair",
+        ),
+    ],
+)
+def test_a_body_that_no_client_would_send_is_one_line(client: Any, body: Any, word: str) -> None:
+    url = f"{client.base_url}chat/completions"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.post(url, cast_to=object, content=body)
+    error = caught.value.response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert word in error["message"] and "\n" not in error["message"]
+
+
+def test_a_body_that_is_not_said_to_be_json_is_told_the_header(client: Any) -> None:
+    headers = {"Content-Type": "text/plain"}
+    with pytest.raises(openai.BadRequestError, match="Content-Type: application/json"):
+        ask(client, extra_headers=headers)
 
 
 def test_others_go_on_beside_bad_requests(client: Any) -> None:
@@ -265,8 +297,13 @@ def test_an_idle_model_is_unloaded_and_comes_back_selecting() -> None:
 def test_only_what_is_safe_is_offered(client: Any) -> None:
     assert [model.id for model in client.models.list()] == ["pocket"]
     for path in ("/reset", "/load_model", "/v1/responses", "/v1/completions", "/docs"):
-        with pytest.raises(openai.NotFoundError):
+        with pytest.raises(openai.NotFoundError) as missing:
             client.post(f"{client.base_url.copy_with(path=path)}", cast_to=object, body={})
+        assert missing.value.body["message"] == "Not Found"
+    with pytest.raises(openai.APIStatusError) as wrong:
+        client.get("/chat/completions", cast_to=object)
+    assert wrong.value.response.headers["allow"] == "POST"
+    assert (wrong.value.status_code, wrong.value.body["message"]) == (405, "Method Not Allowed")
 
 
 class _Host(BaseHTTPRequestHandler):

@@ -11,9 +11,10 @@ from cli_tools import alvts
 from alvts_cli import AlvtsError
 from alvts_cli.artifact import load_artifact
 from alvts_cli.models import Loaded, find_selectors, load_model
-from alvts_cli.smol import ADAPTER, SELECTORS, fetch, train
+from alvts_cli.smol import ADAPTER, SELECTORS, fetch
 from alvts_cli.smol.adapter import load_adapter, save_adapter
 from alvts_cli.smol.build import LORA, LORA_SCALE, make_config, merge_adapter
+from alvts_cli.smol.training import train
 
 
 def test_an_adapter_loses_half_a_step_of_its_rows_at_most(tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
-"""What a built wheel holds, and no more: `python tests/wheel.py x.whl`, a stage of `.ci/run`."""
+"""What a built wheel and the sdist beside it hold, as a stage of `.ci/run` asks:
+
+python tests/wheel.py x.whl x.tar.gz
+"""
 
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -20,11 +24,14 @@ NEEDED = (
 )
 """Some that are easily left out, being no modules of the first package."""
 
+RECIPES = ("alvts_cli/pocket/training/train.py", "alvts_cli/smol/training/train.py")
+"""In the sdist alone, with all that lies beside them."""
+
 ENDINGS = {".py", ".json", ".png", ".html", ".safetensors", ".md"}
 
 
 def check(wheel: Path) -> None:
-    """Raises AssertionError with what is wrong."""
+    """The wheel: what is needed, and no more. Raises AssertionError with what is wrong."""
     with zipfile.ZipFile(wheel) as packed:
         names = set(packed.namelist())
     missing = set(NEEDED) - names
@@ -32,11 +39,22 @@ def check(wheel: Path) -> None:
     tops = {name.partition("/")[0] for name in names}
     assert len(tops) == 3 and tops >= {"alvts_cli", "calibration"}, tops
     more = {n for n in names if ".dist-info/" not in n and Path(n).suffix not in ENDINGS}
+    more |= {name for name in names if "/training/" in name}
     assert not more, f"not for users: {more}"
     size = wheel.stat().st_size
     assert size <= MOST, f"{size:,} bytes, {MOST:,} at most"
     print(f"{wheel.name}: {len(names)} files, {size:,} bytes")
 
 
+def check_source(sdist: Path) -> None:
+    """The sdist: what is needed, and the recipes. Raises AssertionError with what is wrong."""
+    with tarfile.open(sdist) as packed:
+        names = {name.partition("/")[2] for name in packed.getnames()}
+    missing = {*NEEDED, *RECIPES} - names
+    assert not missing, f"missing: {missing}"
+    print(f"{sdist.name}: {len(names)} files")
+
+
 if __name__ == "__main__":
     check(Path(sys.argv[1]))
+    check_source(Path(sys.argv[2]))

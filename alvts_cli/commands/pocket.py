@@ -31,7 +31,10 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for the trained model.")],
     seed: SeedOption = 0,
 ) -> None:
-    """Train pocket from nothing; run again with the same folder to go on where it stopped."""
+    """Train pocket from nothing; run again with the same folder to go on where it stopped.
+
+    Only in the source tree: an installed wheel does not hold the recipe.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -40,10 +43,13 @@ def train(
     )
 
     from ..files import locked, make_folder
+    from ..pocket import require_training
     from ..pocket.build import save_model
-    from ..pocket.train import PHASES, Step
-    from ..pocket.train import train as train_model
     from ..terminal import bars, console, say
+
+    require_training()
+    from ..pocket.training.train import PHASES, Step
+    from ..pocket.training.train import train as train_model
 
     make_folder(out)
     context.with_resource(locked(out, "a training"))

@@ -50,15 +50,21 @@ def train(
     steps: Annotated[int, typer.Option(min=1, max=MOST, help="Of 8 pictures each.")] = 260,
     seed: SeedOption = 0,
 ) -> None:
-    """Train the adapter further; run again with the same folder to go on where it stopped."""
+    """Train the adapter further; run again with the same folder to go on where it stopped.
+
+    Only in the source tree: an installed wheel does not hold the recipe.
+    """
     from ..errors import AlvtsError
     from ..files import locked, make_folder, open_regular
+    from ..pocket import require_training
     from ..smol import ADAPTER
     from ..smol.adapter import load_adapter, save_adapter
     from ..smol.build import make_model
-    from ..smol.train import Recipe, Step
-    from ..smol.train import train as train_adapter
     from ..terminal import say
+
+    require_training()
+    from ..smol.training.train import Recipe, Step
+    from ..smol.training.train import train as train_adapter
 
     with open_regular(gguf) as file:
         if file.read(4) != b"GGUF":

@@ -8,12 +8,28 @@ or the commands knows about it; this package holds only its data and its trainin
 - `easy`       reads the public easy-VQA set
 - `words`      the closed vocabulary, the tokenizer and the prompt
 - `build`      the configuration, the untrained model and the processor
-- `vision`     stage 1: patches learn to speak the language model's words
-- `joint`      stage 2: everything learns to answer
 - `evaluate`   accuracy per question kind, with and without the picture
+- `notice`     whether a picture and a question are such as it was trained on
+- `training`   the recipe; in the source tree alone
 """
 
+from importlib.util import find_spec
 from pathlib import Path
+
+from ..errors import AlvtsError
 
 WEIGHTS = Path(__file__).parent / "weights"
 """Folder of the trained model, in `save_pretrained` layout."""
+
+
+def require_training() -> None:
+    """Refuse where the recipes of pocket and smol are not there: they are no part of the wheel.
+
+    Raises:
+        AlvtsError: they are not.
+    """
+    if find_spec("alvts_cli.pocket.training") is None:
+        raise AlvtsError(
+            "training is only in the source tree: clone the repository, and run "
+            "python -m alvts_cli there instead of alvts"
+        )

@@ -8,7 +8,7 @@ from .scenes import COLORS, SHAPES
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
 
-# Groups of words of which a patch speaks exactly one (see `vision`).
+# Groups of words of which a patch speaks exactly one (see `training.vision`).
 COLOR_WORDS = (*COLORS, "background")
 SHAPE_WORDS = SHAPES
 DIGIT_WORDS = (*"0123456789", "blank")

@@ -11,9 +11,11 @@ from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
-from fastapi import FastAPI, HTTPException
+from fastapi import FastAPI, HTTPException, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
+from starlette.exceptions import HTTPException as AnyHTTPException
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
@@ -192,7 +194,28 @@ def _refused(status: int, message: str) -> JSONResponse:
     if status >= 500:
         logging.getLogger("uvicorn.error").error(one_line(message))
     kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind}}, status)
+    return JSONResponse({"error": {"message": one_line(message), "type": kind}}, status)
+
+
+async def _no_object(request: Request, error: Exception) -> JSONResponse:
+    """The answer to a body that FastAPI does not hand on: no JSON, or JSON that is no object."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        reason = f"{first['ctx']['error']} at character {first['loc'][-1]}"
+        return _refused(400, f"the body is not JSON: {reason}")
+    return _refused(
+        400, "the body must be a JSON object, with the header Content-Type: application/json"
+    )
+
+
+async def _no_answer(request: Request, error: Exception) -> JSONResponse:
+    """The answer where nothing of ours was reached: a path or a method that is not offered, or a
+    body that cannot be decoded."""
+    assert isinstance(error, AnyHTTPException)
+    answer = _refused(error.status_code, str(error.detail))
+    answer.headers.update(error.headers or {})
+    return answer
 
 
 def make_app(models: Models, sources: Sources) -> FastAPI:
@@ -203,4 +226,6 @@ def make_app(models: Models, sources: Sources) -> FastAPI:
     handlers["chat_handler"] = Chat(models, state, sources)
     app = build_server(models, generation_state=state, **handlers)
     app.router.routes[:] = [route for route in app.routes if getattr(route, "path", "") in OFFERED]
+    app.add_exception_handler(RequestValidationError, _no_object)
+    app.add_exception_handler(AnyHTTPException, _no_answer)
     return app

@@ -60,6 +60,10 @@ def check_request(body: Any, sources: Sources) -> None:
         first = error.errors()[0]
         raise AlvtsError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     body["messages"] = [message.model_dump() for message in request.messages]
+    for name, part in parts_of(body):
+        # JSON can hold half of a character that is written as two. No tokenizer takes it.
+        if any("\ud800" <= character <= "\udfff" for character in part.get("text", "")):
+            raise AlvtsError(f"{name}: half of a surrogate pair is no text")
     pictures = [(name, part) for name, part in parts_of(body) if part["type"] == "image_url"]
     for name, part in pictures:
         part["image_url"]["url"] = sources.read(part["image_url"]["url"], name)

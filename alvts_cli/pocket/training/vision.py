@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from .scenes import GRID
-from .words import VOCABULARY
+from ..scenes import GRID
+from ..words import VOCABULARY
 
 GROUND_WEIGHT = 0.05
 """Of the word `background`: the ground fills most patches and would rule the loss."""

@@ -36,14 +36,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
-from ..errors import AlvtsError
-from .build import VISUAL_TOKENS, make_model
-from .easy import EasyImage, load_easy
+from ...errors import AlvtsError
+from ..build import VISUAL_TOKENS, make_model
+from ..easy import EasyImage, load_easy
+from ..words import COLOR_WORDS, PATCH_GROUPS, PHRASE_GROUPS, make_tokenizer
 from .examples import Example, easy_example, scene_example
 from .packed import packed_logits
 from .segments import QUESTIONS, make_segments
 from .vision import CellProbe, encode, loudness_loss, speech_loss
-from .words import COLOR_WORDS, PATCH_GROUPS, PHRASE_GROUPS, make_tokenizer
 
 SPEECH_WEIGHT = 0.1
 LOUDNESS_WEIGHT = 0.05

@@ -1,0 +1,1 @@
+"""How smol's adapter was trained: `train`. No part of the wheel."""

@@ -1,0 +1,65 @@
+"""What a forward is planned to do, from layouts of visual (v), text (t) and padding (.) tokens."""
+
+from dataclasses import replace
+
+import torch
+
+from alvts_cli.engine.keep import Keep
+from alvts_cli.engine.plan import Plan, make_plan
+
+
+def planned(*layouts: str, keep: tuple[float | int, ...] = (0.5, 0.0)) -> Plan:
+    ids = torch.ones(len(layouts), len(layouts[0]), dtype=torch.int64)
+    visual = torch.tensor([[c == "v" for c in layout] for layout in layouts])
+    real = torch.tensor([[c != "." for c in layout] for layout in layouts]).long()
+    # A mask is of all tokens so far, these being the last.
+    mask = torch.cat([real.new_ones(len(layouts), 3), real], dim=1)
+    return make_plan(ids, visual, mask, Keep(keep))
+
+
+def test_a_batch_is_counted_by_sample() -> None:
+    plan = planned("tvvtvvvt", "..tvvvvt", ".ttttttt")
+    assert (plan.visual_counts, plan.text_counts) == ((5, 4, 0), (3, 2, 7))
+    assert plan.keep_counts == ((2, 2, 0), (0, 0, 0))
+    assert plan.keep_tensor.tolist() == [[2, 2, 0], [0, 0, 0]]
+    assert plan.text_tensor.tolist() == [3, 2, 7]
+    assert plan.padded and plan.several
+    assert plan.lengths(0) == (5, 4, 7) and plan.lengths(1) == (3, 2, 7)
+    assert plan.selects(0) and plan.ranks(0) and plan.selects(1) and not plan.ranks(1)
+    assert plan.images.tolist()[:2] == [[0, 1, 1, 1, 2, 2, 2, 2], [0, 0, 0, 1, 1, 1, 1, 1]]
+    assert plan.real() is not None and torch.equal(plan.real(), plan.visual | plan.text)
+    # One text token asks in the second sample, two in the first: the last row is filled up.
+    assert plan.asking_index.shape[1] == plan.asking_valid.shape[1] == 2
+
+
+def test_what_needs_no_choice() -> None:
+    whole = planned("tvvt", keep=(1.0, 1.0))
+    assert not whole.selects(0) and not whole.padded and not whole.several
+    assert whole.real() is None and whole.asking_valid is None
+    text = planned("tttt")
+    assert text.keep_counts == () and not text.selects(0)
+    token = planned("t")
+    assert token.visual_counts == () and token.text.tolist() == [[True]]
+
+
+def test_a_sample_of_visual_tokens_alone_keeps_one() -> None:
+    assert planned("vvvv", ".vvt", "...v", keep=(0,)).keep_counts == ((1, 0, 1),)
+
+
+def test_all_tensors_move_to_the_device_of_the_coming_layer() -> None:
+    plan = planned("tvvtvvvt", "..tvvvvt")
+    tables = (torch.ones(1, 8, 4), torch.ones(1, 8, 4))
+    here = plan.scene(tables)
+    plan.move(plan.visual.device)
+    assert plan.scene(tables) is here
+    there = torch.device("meta")
+    plan.move(there)
+    tensors = {name: held for name, held in vars(plan).items() if isinstance(held, torch.Tensor)}
+    assert len(tensors) == 7
+    assert {name for name, held in tensors.items() if held.device != there} == set()
+    scene = plan.scene(tables)
+    made = (scene.present(), scene.alone(), scene.order(), scene.fill(), scene.apart())
+    made += (scene.row_weights(), scene.causal(torch.float32), scene.unseen(), scene.weights())
+    made += (scene.rows(), scene.joined(), *scene.asked(), *scene.columns(torch.float32))
+    assert {table.device for table in made} == {there}
+    assert replace(scene, valid=None).weights().device == there
