@@ -78,7 +78,6 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_engine_scoring",
         "test_methods_peers",
     ),
-    "regions.py": ("test_engine_regions",),
     "scene.py": ("test_engine_plan", _PAPER, *_SCORING, _PIECES),
     "scorer.py": (_PAPER, *_SCORING, _PIECES),
     "scoring.py": (*_SCORING, "test_families:ministral3 and (later_text or own_attention)"),
