@@ -1,10 +1,6 @@
-"""What a built wheel and the sdist beside it hold, as a stage of `.ci/run` asks:
-
-python tests/wheel.py x.whl x.tar.gz
-"""
+"""What a built wheel holds, and no more: `python tests/wheel.py x.whl`, a stage of `.ci/run`."""
 
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -24,14 +20,11 @@ NEEDED = (
 )
 """Some that are easily left out, being no modules of the first package."""
 
-RECIPES = ("alvts_cli/pocket/training/train.py", "alvts_cli/smol/training/train.py")
-"""In the sdist alone, with all that lies beside them."""
-
 ENDINGS = {".py", ".json", ".png", ".html", ".safetensors", ".md"}
 
 
 def check(wheel: Path) -> None:
-    """The wheel: what is needed, and no more. Raises AssertionError with what is wrong."""
+    """Raises AssertionError with what is wrong."""
     with zipfile.ZipFile(wheel) as packed:
         names = set(packed.namelist())
     missing = set(NEEDED) - names
@@ -46,15 +39,5 @@ def check(wheel: Path) -> None:
     print(f"{wheel.name}: {len(names)} files, {size:,} bytes")
 
 
-def check_source(sdist: Path) -> None:
-    """The sdist: what is needed, and the recipes. Raises AssertionError with what is wrong."""
-    with tarfile.open(sdist) as packed:
-        names = {name.partition("/")[2] for name in packed.getnames()}
-    missing = {*NEEDED, *RECIPES} - names
-    assert not missing, f"missing: {missing}"
-    print(f"{sdist.name}: {len(names)} files")
-
-
 if __name__ == "__main__":
     check(Path(sys.argv[1]))
-    check_source(Path(sys.argv[2]))
