@@ -312,6 +312,12 @@ def test_the_arithmetic_of_experts():
     counted = [prefill_flops(text, tokens, Selection(), 5).layers for text in (plain, experts)]
     mlps = 6 * WIDTH * 48, 6 * WIDTH * 2 * 24 + 2 * WIDTH * 4
     assert counted[1] - counted[0] == 4 * 5 * (mlps[1] - mlps[0])
+    # Experts in every second layer, from the second.
+    experts.decoder_sparse_step = 2
+    assert prefill_flops(experts, tokens, Selection(), 5).layers == counted[0] + 2 * 5 * (
+        mlps[1] - mlps[0]
+    )
+    experts.decoder_sparse_step = 1
     experts.mlp_only_layers = [1, 2]
     assert prefill_flops(experts, tokens, Selection(), 5).layers == counted[0] + 2 * 5 * (
         mlps[1] - mlps[0]
@@ -350,6 +356,18 @@ def test_small_weights_hide_no_other_way():
             projection.weight.data *= 0.01
     with pytest.raises(AlvtsError, match="makes its queries"):
         check_layers(model)
+
+
+def test_a_scale_by_position_that_is_not_known_is_seen(monkeypatch):
+    """Though it begins behind thousands of tokens, as a trained model's does."""
+    # A model that was found to be as scoring has it is not looked at again.
+    model, other = (make_zoo_model("mistral3-ministral3") for _ in range(2))
+    for layer in (*decoder(model).layers, *decoder(other).layers):
+        layer.self_attn.config.rope_parameters["original_max_position_embeddings"] = 16384
+    check_layers(model)
+    monkeypatch.setattr("alvts_cli.engine.scoring.scaled_by_position", lambda layer: None)
+    with pytest.raises(AlvtsError, match="makes its queries"):
+        check_layers(other)
 
 
 def test_a_decoder_without_rotary_positions_in_some_layers_is_refused():
