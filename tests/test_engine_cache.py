@@ -168,6 +168,20 @@ def test_layer_carries_valid_through_batch_operations():
     assert (layer.slots, layer.seen, layer.valid, layer.plain) == (0, 0, None, True)
 
 
+def test_layer_carries_its_bias_through_batch_operations():
+    layer = SelectiveLayer()
+    layer.expect(2, None, plain=False, bias=torch.tensor([[0.5, 1.5], [2.5, 3.5]]))
+    layer.update(states(2), states(2))
+    layer.reorder_cache(torch.tensor([1, 0]))
+    assert layer.bias.tolist() == [[2.5, 3.5], [0.5, 1.5]]
+    layer.batch_repeat_interleave(2)
+    assert layer.bias[:, 0].tolist() == [2.5, 2.5, 0.5, 0.5]
+    layer.batch_select_indices(torch.tensor([1, 2]))
+    assert layer.bias[:, 0].tolist() == [2.5, 0.5]
+    layer.reset()
+    assert layer.bias is None
+
+
 def test_a_reset_cache_serves_the_next_prompt(model):
     inputs = make_inputs(model, one_image("llava"))
     batch = make_inputs(model, one_image("llava"), Prompt([1, 2, 3], [(16, 16)]))
