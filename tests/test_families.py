@@ -312,12 +312,6 @@ def test_the_arithmetic_of_experts():
     counted = [prefill_flops(text, tokens, Selection(), 5).layers for text in (plain, experts)]
     mlps = 6 * WIDTH * 48, 6 * WIDTH * 2 * 24 + 2 * WIDTH * 4
     assert counted[1] - counted[0] == 4 * 5 * (mlps[1] - mlps[0])
-    # Experts in every second layer, from the second.
-    experts.decoder_sparse_step = 2
-    assert prefill_flops(experts, tokens, Selection(), 5).layers == counted[0] + 2 * 5 * (
-        mlps[1] - mlps[0]
-    )
-    experts.decoder_sparse_step = 1
     experts.mlp_only_layers = [1, 2]
     assert prefill_flops(experts, tokens, Selection(), 5).layers == counted[0] + 2 * 5 * (
         mlps[1] - mlps[0]
@@ -345,6 +339,19 @@ def test_a_text_model_that_scores_otherwise_is_refused(text, why):
     selectors = Selectors([random_selector(generator, 16) for _ in range(4)])
     with pytest.raises(AlvtsError):
         attach(model, selectors, 0.5)
+
+
+def test_the_arithmetic_of_experts_in_every_second_layer():
+    text = KINDS["qwen3_vl_moe"].config().text_config
+    in_each, in_none, in_some = (
+        prefill_flops(one, [5] * 4, Selection(), 5).layers
+        for one in (
+            text,
+            KINDS["qwen3_vl"].config().text_config,
+            text.from_dict({**text.to_dict(), "decoder_sparse_step": 2}),
+        )
+    )
+    assert in_each != in_none and 2 * in_some == in_each + in_none
 
 
 def test_small_weights_hide_no_other_way():
