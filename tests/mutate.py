@@ -73,7 +73,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "plan.py": ("test_engine_plan", _REFERENCE, *_ATTACHED),
     "policy.py": (_PIECES, "test_calibration_policy", "test_artifact:wrong_kind"),
     "probe.py": (
-        "test_families:small_weights or scores_otherwise",
+        "test_families:scores_otherwise or not_known_is_seen",
         "test_calibration_reference",
         "test_engine_scoring",
         "test_methods_peers",

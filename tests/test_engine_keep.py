@@ -116,3 +116,9 @@ def test_nonsense_is_refused_in_one_line(keep):
     with pytest.raises(AlvtsError) as error:
         resolve_keep(keep, 3)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a", "50%", "0.5,", "0.5,b,0.5"])
+def test_a_text_that_is_no_number_is_shown_as_it_was_given(text):
+    with pytest.raises(AlvtsError, match=f"keep='{text}' is not a number or a list of numbers"):
+        resolve_keep(text, 3)

@@ -242,6 +242,10 @@ def test_kept_tokens_that_are_all_alike_stay_what_they_are(dtype):
     rows = torch.tensor([[0, 1, 2, 4]])
     members = find_members(states, rows, make_layout(visual, None, 4), scene, targets=True)
     assert sorted(members.count[0].round().tolist()) == [0, 1, 1, 3]
+    assert members.log(dtype).dtype == dtype
+    torch.testing.assert_close(
+        members.log(dtype).exp(), members.count.to(dtype), rtol=0.02, atol=1e-4
+    )
     hidden = torch.arange(10, dtype=dtype).view(1, 5, 2)
     found = pooled(hidden[:, rows[0]], hidden, members, scene)[0]
     assert torch.equal(found[[0, 3]], hidden[0, [0, 4]])

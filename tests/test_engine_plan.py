@@ -46,6 +46,10 @@ def test_a_sample_of_visual_tokens_alone_keeps_one() -> None:
     assert planned("vvvv", ".vvt", "...v", keep=(0,)).keep_counts == ((1, 0, 1),)
 
 
+def test_a_sample_of_padding_alone_keeps_none() -> None:
+    assert planned("tvvt", "....").keep_counts == ((1, 0), (0, 0))
+
+
 def test_all_tensors_move_to_the_device_of_the_coming_layer() -> None:
     plan = planned("tvvtvvvt", "..tvvvvt")
     tables = (torch.ones(1, 8, 4), torch.ones(1, 8, 4))

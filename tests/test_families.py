@@ -367,15 +367,33 @@ def test_a_text_model_that_scores_otherwise_is_refused(text, why):
         attach(model, selectors, 0.5)
 
 
-def test_small_weights_hide_no_other_way():
-    """What is alike but for rounding is so by the size of the numbers."""
-    auto: Any = AutoModelForImageTextToText
-    model = randomise(auto.from_config(llava_config(text_config("cohere"))))
-    for layer in decoder(model).layers:
+def test_the_arithmetic_of_experts_in_every_second_layer():
+    text = KINDS["qwen3_vl_moe"].config().text_config
+    in_each, in_none, in_some = (
+        prefill_flops(one, [5] * 4, Selection(), 5).layers
+        for one in (
+            text,
+            KINDS["qwen3_vl"].config().text_config,
+            text.from_dict({**text.to_dict(), "decoder_sparse_step": 2}),
+        )
+    )
+    assert in_each != in_none and 2 * in_some == in_each + in_none
+
+
+@pytest.mark.parametrize("size", [1, 0.01])
+def test_a_scale_by_position_that_is_not_known_is_seen(size, monkeypatch):
+    """Though it begins behind thousands of tokens, as a trained model's does; and though weights
+    are small, for what is alike but for rounding is so by the size of the numbers."""
+    # A model that was found to be as scoring has it is not looked at again.
+    model, other = (make_zoo_model("mistral3-ministral3") for _ in range(2))
+    for layer in (*decoder(model).layers, *decoder(other).layers):
+        layer.self_attn.config.rope_parameters["original_max_position_embeddings"] = 16384
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-            projection.weight.data *= 0.01
+            projection.weight.data *= size
+    check_layers(model)
+    monkeypatch.setattr("alvts_cli.engine.scoring.scaled_by_position", lambda layer: None)
     with pytest.raises(AlvtsError, match="makes its queries"):
-        check_layers(model)
+        check_layers(other)
 
 
 def test_a_decoder_without_rotary_positions_in_some_layers_is_refused():

@@ -112,6 +112,8 @@ def test_the_operators_of_a_gpu_give_the_same(
     else:
         # Without text the second factor must not change the order.
         torch.testing.assert_close(from_text, from_visual)
+        alone = paper_importance(hidden, selector, visual, ~visual, False)
+        torch.testing.assert_close(alone, from_visual)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -168,6 +170,8 @@ def test_moved_it_is_the_same_and_its_bias_stays_in_float32() -> None:
     assert moved.query_bias is not None and moved.query_bias.dtype == torch.float32
     assert torch.equal(moved.query_bias, selector.query_bias)
     assert torch.equal(moved.query, selector.query.bfloat16())
+    away = selector.to(torch.device("meta"), torch.bfloat16)
+    assert {held.device.type for held in away.tensors().values()} == {"meta"}
     bare = replace(selector, query_bias=None).to(here, torch.float32)
     assert bare.query_bias is None and set(bare.tensors()) == {"query", "key"}
     assert set(moved.tensors()) == {"query", "key", "query_bias"}
