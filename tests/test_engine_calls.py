@@ -86,6 +86,23 @@ def test_an_unknown_argument_of_another_size_is_none_of_our_business() -> None:
     assert call(add).logits.shape[1] == TOKENS
 
 
+def test_hidden_states_by_keyword() -> None:
+    """As some decoders call their layers."""
+
+    def by_keyword(
+        module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return (), {**kwargs, "hidden_states": args[0]}
+
+    model, inputs = make_model("llava"), make_inputs(make_model("llava"), one_image("llava"))
+    with torch.no_grad(), alvts_cli.attach(model, make_selectors("llava"), 0.4):
+        expected = model(**inputs).logits
+    for layer in model.model.language_model.layers:
+        layer.register_forward_pre_hook(by_keyword, with_kwargs=True)
+    with torch.no_grad(), alvts_cli.attach(model, make_selectors("llava"), 0.4):
+        assert torch.equal(model(**inputs).logits, expected)
+
+
 def test_without_a_cache_nothing_is_refused() -> None:
     out = call(lambda kwargs: None, use_cache=False)
     assert calls.cache_of(out) is None

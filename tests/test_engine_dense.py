@@ -94,6 +94,15 @@ def test_a_failed_forward_leaves_nothing_for_the_next():
         assert torch.equal(model(**inputs).logits, good)
 
 
+def test_nothing_is_compiled_unless_asked():
+    model = make_model("llava")
+    with attach(model, make_selectors(), 4):
+        assert "forward" not in vars(model.model.language_model)
+    with attach(model, make_selectors(), 4, compile={"backend": "eager"}):
+        assert "forward" in vars(model.model.language_model)
+    assert "forward" not in vars(model.model.language_model)
+
+
 def test_detach_by_hand_twice_and_attach_again():
     model = make_model("llava")
     attachment = attach(model, make_selectors(), keep=0.25)

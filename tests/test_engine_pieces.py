@@ -7,10 +7,12 @@ from reference import reference_logits, watch_selection
 from test_engine_batch import fresh, prompts
 from test_engine_reference import check_generation, counts
 from tiny import CACHE, FAMILIES, LAYERS, Prompt, make_inputs, make_model, make_selectors, one_image
+from torch.nn.modules.module import register_module_forward_hook
 
 from alvts_cli import AlvtsError, attach
 from alvts_cli.engine import NAMED, Policy, cache_of, make_pieces, parse_policy
 from alvts_cli.engine.diversity import directions
+from alvts_cli.engine.forward import _Choice
 from alvts_cli.engine.mass import find_members, pooled
 from alvts_cli.engine.scene import Scene
 from alvts_cli.engine.selecting import make_layout
@@ -47,8 +49,10 @@ def test_every_family(family, policy):
     check_generation(model, inputs, 0.25, family, policy=POLICIES[policy])
 
 
-@pytest.mark.parametrize("by", ["hook", "pre-hook", "hidden states", "gradients", "watch"])
-def test_whoever_looks_sees_all_tokens(by):
+@pytest.mark.parametrize(
+    "by", ["hook", "pre-hook", "global hook", "hidden states", "gradients", "watch"]
+)
+def test_whoever_looks_sees_all_tokens(by, request):
     """Without anyone, a choice for all layers is handed from layer to layer."""
     model = make_model("llava")
     inputs = make_inputs(model, one_image("llava"))
@@ -62,6 +66,11 @@ def test_whoever_looks_sees_all_tokens(by):
             # Behind ours it would see what the layer runs on.
             pre_hook = layers[2].register_forward_pre_hook
             pre_hook(lambda _, args: seen.append(args[0]), prepend=True)
+        elif by == "global hook":
+            hook = register_module_forward_hook(
+                lambda module, args, output: seen.append(output) if module is layers[1] else None
+            )
+            request.addfinalizer(hook.remove)
         elif by == "watch":
             attachment.watch = lambda chosen: seen.append(chosen.layer)
         with torch.set_grad_enabled(by == "gradients"):
@@ -75,6 +84,14 @@ def test_whoever_looks_sees_all_tokens(by):
     else:
         seen = output.hidden_states or seen
         assert seen and all(states.shape[1] == tokens for states in seen)
+
+
+def test_a_choice_follows_the_layers_to_another_device():
+    choice = _Choice(0, scores=torch.ones(1, 4), importance=torch.ones(1, 4), counts=(2,))
+    choice.move(torch.device("meta"))
+    assert choice.scores.device.type == choice.importance.device.type == "meta"
+    # What was made of them is made again.
+    assert choice.states is None and choice.counts == ()
 
 
 @every_policy

@@ -58,6 +58,7 @@ def test_what_is_told_is_what_the_layers_run_on(family, policy):
     assert [one.ranked_in for one in told] == [1, 2, 3 if policy.every == 1 else 1]
     for one in (told[0], told[2]):
         assert torch.equal(one.importance.isfinite(), visual)
+        assert bool((one.importance[~visual] == -torch.inf).all())
         assert bool((one.importance[visual] >= 0).all())
 
 
