@@ -7,7 +7,7 @@ from reference import reference_logits, watch_selection
 from test_engine_batch import fresh, prompts
 from test_engine_reference import check_generation, counts
 from tiny import CACHE, FAMILIES, LAYERS, Prompt, make_inputs, make_model, make_selectors, one_image
-from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from alvts_cli import AlvtsError, attach
 from alvts_cli.engine import NAMED, Policy, cache_of, make_pieces, parse_policy
@@ -50,7 +50,7 @@ def test_every_family(family, policy):
 
 
 @pytest.mark.parametrize(
-    "by", ["hook", "pre-hook", "global hook", "hidden states", "gradients", "watch"]
+    "by", ["hook", "pre-hook", "global pre-hook", "hidden states", "gradients", "watch"]
 )
 def test_whoever_looks_sees_all_tokens(by, request):
     """Without anyone, a choice for all layers is handed from layer to layer."""
@@ -66,9 +66,9 @@ def test_whoever_looks_sees_all_tokens(by, request):
             # Behind ours it would see what the layer runs on.
             pre_hook = layers[2].register_forward_pre_hook
             pre_hook(lambda _, args: seen.append(args[0]), prepend=True)
-        elif by == "global hook":
-            hook = register_module_forward_hook(
-                lambda module, args, output: seen.append(output) if module is layers[1] else None
+        elif by == "global pre-hook":
+            hook = register_module_forward_pre_hook(
+                lambda module, args: seen.append(args[0]) if module is layers[2] else None
             )
             request.addfinalizer(hook.remove)
         elif by == "watch":
