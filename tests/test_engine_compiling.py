@@ -1,6 +1,7 @@
 """`attach(..., compile=...)`: one graph, the same results, few compilations, no trace after."""
 
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from unittest.mock import patch
 
@@ -290,6 +291,24 @@ def test_what_a_cuda_graph_leaves_behind_outlives_the_next_prefill(mode):
     # What grows at every token is no graph.
     without = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
     assert modes == [mode, without[mode]]
+
+
+def test_a_forward_that_fails_leaves_the_model_to_other_threads():
+    model = make_model("llava")
+    inputs = prompt(model, "llava")
+
+    def fail(module, args):
+        raise ValueError("no")
+
+    with torch.no_grad(), attach(model, make_selectors(), 4, compile={"backend": "eager"}):
+        expected = model(**inputs).logits
+        handle = model.model.vision_tower.register_forward_pre_hook(fail)
+        with pytest.raises(ValueError, match="no"):
+            model(**inputs)
+        handle.remove()
+        with ThreadPoolExecutor(1) as other:
+            got = other.submit(torch.no_grad()(model), **inputs).result().logits
+    assert torch.equal(got, expected)
 
 
 def test_detaching_leaves_nothing():
