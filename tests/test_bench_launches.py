@@ -1,6 +1,7 @@
 """Counting launches on a GPU that is not there."""
 
 from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -9,8 +10,8 @@ from tiny import FAMILIES, make_model
 
 from alvts_cli.bench import launches
 from alvts_cli.bench.launches import Launches, Prompts, count_launches
-from alvts_cli.bench.selectors import RandomSelectors
-from alvts_cli.engine import NAMED, PAPER, PaperSelector
+from alvts_cli.bench.selectors import RandomSelectors, random_selectors
+from alvts_cli.engine import NAMED, PAPER, PaperSelector, attach
 from alvts_cli.engine.policy import LAYERS, what_layers_do
 from alvts_cli.engine.scorer import SelectorScorer
 from alvts_cli.shapes import shape_config
@@ -121,6 +122,25 @@ def test_what_layers_do(policy, adds_behind, expected):
     kept = [6, 6, 9, 6, 5, 0, 0, 5, 5]
     found = what_layers_do(replace(PAPER, **policy), kept, 9, adds_behind)
     assert found == [names[letter] for letter in expected.split()]
+
+
+@pytest.mark.parametrize("adds_behind", [0, 2])
+@pytest.mark.parametrize(("policy", "every"), [("paper", 1), ("once", 0), ("every-4", 3)])
+def test_the_engine_launches_what_its_layers_do(policy, every, adds_behind):
+    """What layers do is said twice: here the engine that does it is counted whole."""
+    config, policy = shape_config("qwen3-vl-8b"), replace(NAMED[policy], every=every)
+    counted = count_launches(config, policy)
+    # The first layer on text alone lays that out, for all.
+    for kept, text in (([64] * 7, 0), ([576, 64, 64, 0, 0, 64, 32], 4)):
+        with launches._fake_device():
+            model = launches._fake_model(config, torch.bfloat16, "cuda")
+            model.config.vision_config.deepstack_visual_indexes = [5] * adds_behind
+            keep = [1.0 if count == 576 else count for count in kept]
+            setting = partial(attach, model, random_selectors(model), keep, policy=policy)
+            log = launches._run(model, Prompts(), setting)
+        found = sum(len(span.launches) for span in (*log.layers, log.rest))
+        layers = what_layers_do(policy, kept, 576, adds_behind)
+        assert found == 7 * counted.dense + counted.rest + counted.over_dense(layers) + text
 
 
 # Over a dense layer: where it chooses, goes on, keeps no visual token; for a decoded token; and

@@ -32,7 +32,7 @@ _KNOWN = frozenset(
 def cache_of(call: Any) -> Any:
     """The KV cache among the keyword arguments of a call, or in a model's output; None where there
     is none."""
-    # No generator: torch.compile before 2.13 does not take one apart.
+    # No generator: torch.compile of 2.11 does not take one apart.
     for name in CACHE_NAMES:
         found = call.get(name) if isinstance(call, Mapping) else getattr(call, name, None)
         if found is not None:

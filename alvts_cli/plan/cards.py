@@ -5,8 +5,8 @@ were read, for the documents themselves could not be had here. What a program re
 **assumed**, alike for all cards; on one H100 it was measured (in brackets):
 
 - matrix products get `MATMUL_SHARE` of the arithmetic: large ones in bfloat16 were seen at 79 % on
-  an A100 and 75 % on a B200 (lists of measured cards), those of a layer are smaller (48 % at 384
-  rows, 65 at 768, 75 at 1,536);
+  an A100 and 75 % on a B200 (lists of measured cards), those of a layer are smaller (65 % at
+  768 rows, 75 at 1,536);
 - attention gets `ATTENTION_SHARE`, and `BIASED_SHARE` with a number added to every logit, which the
   flash kernel has no place for: then another kernel runs, that computes the upper triangle too
   (33 % and 24 at 1,536 tokens, both less at fewer);
