@@ -125,7 +125,9 @@ def test_what_layers_do(policy, adds_behind, expected):
 
 
 @pytest.mark.parametrize("adds_behind", [0, 2])
-@pytest.mark.parametrize(("policy", "every"), [("paper", 1), ("once", 0), ("every-4", 3)])
+@pytest.mark.parametrize(
+    ("policy", "every"), [("paper", 1), ("paper", 3), ("once", 0), ("every-4", 3)]
+)
 def test_the_engine_launches_what_its_layers_do(policy, every, adds_behind):
     """What layers do is said twice: here the engine that does it is counted whole."""
     config, policy = shape_config("qwen3-vl-8b"), replace(NAMED[policy], every=every)
