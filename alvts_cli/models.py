@@ -302,6 +302,14 @@ def parse_dtype(dtype: str) -> "torch.dtype":
     return getattr(torch, dtype)
 
 
+def usual_dtype(device: "torch.device") -> "torch.dtype":
+    """bfloat16; float32 on a CPU that has no instructions for it and would be many times slower."""
+    import torch
+
+    slow = device.type == "cpu" and not cpu_computes_bfloat16()
+    return torch.float32 if slow else torch.bfloat16
+
+
 def cpu_computes_bfloat16() -> bool:
     """Whether this CPU has bfloat16 instructions; False where there is no telling."""
     try:
@@ -329,7 +337,7 @@ def _default_dtype(config: Any, device: "torch.device", parameters: int) -> "tor
     if parameters < _SMALL:
         return torch.float32
     if device.type == "cpu":
-        return torch.bfloat16 if cpu_computes_bfloat16() else torch.float32
+        return usual_dtype(device)
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
 
 

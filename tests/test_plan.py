@@ -107,7 +107,7 @@ def test_arithmetic_and_cache_are_the_engines(name, policy):
 
 def test_an_operator_takes_as_long_as_its_slowest_resource():
     machine = replace(
-        card("h100"), matmul=((1, 1e12),), bandwidth=1e9, launch=1e-3, graph_launch=0.0
+        card("h100"), matmul=((1, ((1, 1e12),)),), bandwidth=1e9, launch=1e-3, graph_launch=0.0
     )
     busy = Stretch((Product(1000, 1000, 1000, 1000),), launches=1, times=2)
     took = phase([busy], machine)
@@ -185,10 +185,54 @@ def test_experts_are_read_as_they_are_met():
     # As many rows as pairs of a token and an expert, shared evenly.
     assert (whole[-1].rows, whole[-1].shared) == (8 * one.tokens, 128)
     # Filling 128 small products takes longer than one large one.
-    slow = replace(card("h100"), matmul=((1, 1e12), (1e5, 1e15)))
+    slow = replace(card("h100"), matmul=((1, ((1, 1e12), (1e5, 1e15))),))
     alike = [replace(whole[-1], weights=0, shared=shared) for shared in (128, 1)]
     times = [phase([Stretch((product,))], slow).arithmetic for product in alike]
     assert times[0] > times[1]
+
+
+def test_a_machine_of_wider_numbers_moves_more_bytes():
+    """Float32 where work is counted in bfloat16: everything that only reads takes twice as long."""
+    one = make_case(known_shape("llava-1.5-7b"), Wanted("0.111", "every-4", None, 64))
+    base = replace(
+        card("h100"),
+        matmul=((1, ((1, 1e30),)),),
+        attention=((1, 1e30),),
+        biased=((1, 1e30),),
+        launch=0.0,
+        graph_launch=0.0,
+    )
+    narrow, wide = (predict(one, replace(base, wide=times)) for times in (1.0, 2.0))
+    for name in narrow.dense:
+        for side in ("dense", "selective"):
+            few, many = getattr(narrow, side)[name], getattr(wide, side)[name]
+            assert many.eager == pytest.approx(2 * few.eager, rel=1e-6)
+            assert (many.read, many.flops) == (2 * few.read, few.flops)
+    assert wide.cache == 2 * narrow.cache
+    small = replace(base, memory=60e9)
+    assert longest_batch(one, small) > longest_batch(one, replace(small, wide=2.0)) > 0
+
+
+def test_the_machine_is_measured_in_what_it_computes_in(monkeypatch):
+    """A CPU without instructions for bfloat16 takes minutes for what it does in seconds."""
+    from alvts_cli import models
+
+    monkeypatch.setattr(models, "cpu_computes_bfloat16", lambda: False)
+    assert models.usual_dtype(torch.device("cpu")) == torch.float32
+    assert models.usual_dtype(torch.device("cuda")) == torch.bfloat16
+    monkeypatch.setattr(models, "cpu_computes_bfloat16", lambda: True)
+    assert models.usual_dtype(torch.device("cpu")) == torch.bfloat16
+
+
+def test_a_narrow_product_is_as_slow_as_narrow_ones_were_measured():
+    """And one between two widths lies between them, on a line of logarithms."""
+    machine = replace(
+        card("h100"), matmul=((100, ((1, 1e9),)), (1e6, ((1, 1e10), (100, 1e12)))), launch=0.0
+    )
+    inner = (10, 100, 1000, 10**4)
+    times = [phase([Stretch((Product(100, side, side),))], machine).arithmetic for side in inner]
+    rates = [2 * 100 * side**2 / taken for side, taken in zip(inner, times, strict=True)]
+    assert rates == pytest.approx([1e9, 10**10.5, 1e12, 1e12])
 
 
 def test_layers_that_differ_are_refused_in_one_line():
@@ -234,7 +278,7 @@ def test_every_card_has_a_source_and_sense(name, tmp_path):
     report = planned(tmp_path / "a.json", "--on", name)
     assert "NVIDIA" in report["machine"]["about"]
     assert CARDS[name]["read"].startswith("https://")
-    assert 1e13 < report["machine"]["matmul"][0][1] < 1e16
+    assert 1e13 < report["machine"]["matmul"][0][1][0][1] < 1e16
 
 
 def test_a_model_that_is_not_known_is_described_from_its_folder(tmp_path):
@@ -283,7 +327,7 @@ def test_the_machine_is_measured(monkeypatch, tmp_path):
 
     monkeypatch.setattr(machine, "_LEAST", 1e-3)
     monkeypatch.setattr(machine, "_HELD", 2**22)
-    monkeypatch.setattr(machine, "WIDTH", 64)
+    monkeypatch.setattr(machine, "WIDTHS", (32, 64))
     monkeypatch.setattr(machine, "ROWS", (1, 8))
     monkeypatch.setattr(machine, "LENGTHS", (8, 16))
     monkeypatch.setattr(machine, "LAYER_WIDTH", 128)
@@ -291,12 +335,14 @@ def test_the_machine_is_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "_ROUNDS", 2)
     report = planned(tmp_path / "a.json", "--model", "pocket", "--on", "this")
     found = SimpleNamespace(**report["machine"])
-    assert [rows for rows, _ in found.matmul] == [1, 8]
+    assert [numbers for numbers, _ in found.matmul] == [32**2, 64**2]
+    assert [[rows for rows, _ in curve] for _, curve in found.matmul] == [[1, 8], [1, 8]]
     assert [tokens for tokens, _ in found.biased] == [8, 16]
     assert min(found.bandwidth, found.launch, found.memory, found.attention[0][1]) > 0
     assert len(found.elementwise) == 2 and min(rate for _, rate in found.elementwise) > 0
     assert "apart" in found.about and found.spread > 0
     assert found.graph_launch is None and not found.overlaps
+    assert (found.dtype, found.wide) in (("float32", 2.0), ("bfloat16", 1.0))
     assert report["batches"][0]["phases"]["prefill"]["speedup_graph"] is None
 
 

@@ -95,7 +95,7 @@ def to_json(prediction: Prediction, machine: Ceilings) -> dict[str, Any]:
 
 
 def _ceilings(machine: Ceilings) -> str:
-    few, many = machine.matmul[0], machine.matmul[-1]
+    few, *_, many = machine.matmul[-1][1]
     return (
         f"ceilings: products {few[1] / 1e9:,.0f} GFLOP/s at {few[0]:g} row and "
         f"{many[1] / 1e9:,.0f} at {many[0]:g}, attention {machine.attention[-1][1] / 1e9:,.0f}, "

@@ -13,7 +13,7 @@ from ..engine import Keep, Policy, Selectors, keep_of, parse_policy, policy_of
 from ..families import family_of
 from ..hub import selectors_file
 from ..memory import memory_need, prefill_need, require_memory
-from ..models import cpu_computes_bfloat16, find_selectors, load_model, parse_device, parse_dtype
+from ..models import find_selectors, load_model, parse_device, parse_dtype, usual_dtype
 from ..prompts import build_inputs, read_image
 from ..shapes import cut_tower, random_model, shape_config
 from .compiled import weights_frozen
@@ -114,12 +114,7 @@ def random_subject(
             `resolve_keep` refuse.
     """
     place = parse_device(wanted.device)
-    if wanted.dtype is not None:
-        precision = parse_dtype(wanted.dtype)
-    elif place.type == "cpu" and not cpu_computes_bfloat16():
-        precision = torch.float32
-    else:
-        precision = torch.bfloat16
+    precision = usual_dtype(place) if wanted.dtype is None else parse_dtype(wanted.dtype)
     config = shape_config(wanted.name, layers, hidden_size)
     if tower_layers is not None:
         cut_tower(config, tower_layers)

@@ -40,6 +40,9 @@ GRAPH_LAUNCH = 1e-6
 Curve = tuple[tuple[float, float], ...]
 """Points of a rate over a size, sorted by the size, at least one."""
 
+Surface = tuple[tuple[float, Curve], ...]
+"""Curves over another size, sorted by it, at least one."""
+
 
 @dataclass(frozen=True)
 class Ceilings:
@@ -48,8 +51,8 @@ class Ceilings:
     Attributes:
         name: short.
         about: what it is, and where the numbers come from.
-        matmul: FLOP/s of a product by its number of rows; where measured, reading the weights is
-            in it.
+        matmul: FLOP/s of a product by the numbers in its right side (inner times columns), and by
+            its number of rows; where measured, reading the weights is in it.
         attention: FLOP/s of causal attention, counted as causal, by the number of tokens.
         biased: the same with a number added to the logits, the whole square counted.
         bandwidth: of memory, for weights and cache.
@@ -58,12 +61,14 @@ class Ceilings:
         graph_launch: between two kernels of a graph; None where there are no graphs.
         overlaps: whether the host runs ahead, so that launches hide behind work.
         memory: that a model may fill.
+        dtype: the precision that all this is of.
+        wide: bytes of a number in it, over the two of bfloat16, which `work` counts in.
         spread: how far apart timings of one figure were, as a share; 0 where nothing was measured.
     """
 
     name: str
     about: str
-    matmul: Curve
+    matmul: Surface
     attention: Curve
     biased: Curve
     bandwidth: float
@@ -72,6 +77,8 @@ class Ceilings:
     graph_launch: float | None
     overlaps: bool
     memory: float
+    dtype: str = "bfloat16"
+    wide: float = 1.0
     spread: float = 0.0
 
 
@@ -85,6 +92,11 @@ def at(curve: Curve, size: float) -> float:
             step = math.log(size / low) / math.log(high / low)
             return math.exp(math.log(before) + step * math.log(after / before))
     return curve[-1][1]
+
+
+def over(surface: Surface, size: float, then: float) -> float:
+    """The rate at two sizes, of the curves and on them, in the same way."""
+    return at(tuple((where, at(curve, then)) for where, curve in surface), size)
 
 
 def card(name: str) -> Ceilings:
@@ -104,7 +116,7 @@ def card(name: str) -> Ceilings:
         f"{MATMUL_SHARE:.0%} in products, {ATTENTION_SHARE:.0%} in attention "
         f"({BIASED_SHARE:.0%} with a bias), {MEMORY_SHARE:.0%} of the bandwidth; "
         f"a launch {LAUNCH * 1e6:g} us, in a graph {GRAPH_LAUNCH * 1e6:g} us",
-        matmul=((1, peak * MATMUL_SHARE),),
+        matmul=((1, ((1, peak * MATMUL_SHARE),)),),
         attention=((1, peak * ATTENTION_SHARE),),
         biased=((1, peak * BIASED_SHARE),),
         bandwidth=bandwidth * MEMORY_SHARE,

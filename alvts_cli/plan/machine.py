@@ -1,7 +1,8 @@
 """The ceilings of the machine at hand, measured in some seconds.
 
-- Products in the wanted precision at many numbers of rows: a product of few rows is bound by
-  reading its weights, which lie in several matrices that no cache holds together.
+- Products in the wanted precision at many numbers of rows, with wide matrices and narrow ones: a
+  product of few rows is bound by reading its weights, which lie in several matrices that no cache
+  holds together, and a narrow one fills the cores less well.
 - Causal attention at several lengths, plain and with a number added to the logits.
 - Memory: a copy of a block that no cache holds.
 - All other operators, at several sizes: those of a decoder layer, one after the other, so that
@@ -14,7 +15,8 @@ again and again in turns with all others, so that what disturbs the machine for 
 all of them; the median counts, and how far the figures were apart is said. **It does not see a
 load that is there all the time**: measure on an idle machine.
 
-The shapes are none that `alvts bench` is held against: width 3072, lengths between its own.
+The shapes are none that `alvts bench` is held against: widths 768 and 3072, lengths between its
+own.
 """
 
 import math
@@ -33,10 +35,11 @@ from ..bench.launches import Counter
 from ..bench.report import hardware_name
 from ..bench.timing import synchronize
 from ..memory import memory_free
-from ..models import parse_device, parse_dtype
-from .cards import GRAPH_LAUNCH, Ceilings, Curve
+from ..models import parse_device, parse_dtype, usual_dtype
+from .cards import GRAPH_LAUNCH, Ceilings, Curve, Surface
+from .work import VALUE
 
-WIDTH, HEADS, HEAD = 3072, 24, 128
+WIDTHS, HEADS, HEAD = (768, 3072), 24, 128
 ROWS = (1, 4, 16, 48, 96, 192, 384, 768, 1536)
 LENGTHS = (48, 192, 768, 1536)
 LAYER_WIDTH = 1536
@@ -60,24 +63,27 @@ def device_here(device: str = "auto") -> str:
     return "cuda" if parse_device(device).type == "cuda" else "cpu"
 
 
-def measure_machine(device: str = "auto", dtype: str = "bfloat16") -> Ceilings:
+def measure_machine(device: str = "auto", dtype: str | None = None) -> Ceilings:
     """Measure `device`.
 
     Args:
         device: as `models.parse_device` reads it.
-        dtype: as `models.parse_dtype` reads it.
+        dtype: as `models.parse_dtype` reads it; None for `models.usual_dtype`.
 
     Raises:
         AlvtsError: no such device.
     """
-    bench = _Bench(parse_device(device), parse_dtype(dtype))
+    place = parse_device(device)
+    precision = usual_dtype(place) if dtype is None else parse_dtype(dtype)
+    bench = _Bench(place, precision)
+    name = str(precision).removeprefix("torch.")
     cuda = bench.device.type == "cuda"
     with torch.inference_mode():
         bench.measure()
         return Ceilings(
             name="this",
             about=f"this machine ({hardware_name(bench.device)}, {torch.get_num_threads()} "
-            f"threads, {dtype}), measured just now, every figure {_ROUNDS} times; the fastest and "
+            f"threads, {name}), measured just now, every figure {_ROUNDS} times; the fastest and "
             f"the slowest of a figure were {bench.spread:.0%} apart (median)",
             matmul=bench.matmul(),
             attention=bench.attention(biased=False),
@@ -88,6 +94,8 @@ def measure_machine(device: str = "auto", dtype: str = "bfloat16") -> Ceilings:
             graph_launch=GRAPH_LAUNCH if cuda else None,
             overlaps=cuda,
             memory=float(memory_free(bench.device) or 0),
+            dtype=name,
+            wide=precision.itemsize / VALUE,
             spread=bench.spread,
         )
 
@@ -127,10 +135,12 @@ class _Bench:
 
     def _works(self) -> Iterator[tuple[object, Callable[[], object]]]:
         """Everything that is timed, by its name."""
-        many = math.ceil(_HELD / (WIDTH**2 * self._dtype.itemsize))
-        weights = [self.random(WIDTH, WIDTH) for _ in range(many)]
-        for rows in ROWS:
-            yield ("matmul", rows), partial(_product, self.random(rows, WIDTH), cycle(weights))
+        for width in WIDTHS:
+            many = math.ceil(_HELD / (width**2 * self._dtype.itemsize))
+            weights = [self.random(width, width) for _ in range(many)]
+            for rows in ROWS:
+                product = partial(_product, self.random(rows, width), cycle(weights))
+                yield ("matmul", width, rows), product
         for tokens in LENGTHS:
             query, key, value = (self.random(1, HEADS, tokens, HEAD) for _ in range(3))
             attend = partial(functional.scaled_dot_product_attention, query, key, value)
@@ -162,11 +172,14 @@ class _Bench:
         """Of work once, the median."""
         return median(self._figures[name].times)
 
-    def matmul(self) -> Curve:
-        """FLOP/s by the number of rows."""
-        return tuple(
-            (float(rows), 2 * rows * WIDTH**2 / self.seconds(("matmul", rows))) for rows in ROWS
-        )
+    def matmul(self) -> Surface:
+        """FLOP/s by the numbers in the right side and by the number of rows."""
+        curves = []
+        for width in WIDTHS:
+            times = ((rows, self.seconds(("matmul", width, rows))) for rows in ROWS)
+            curve = tuple((float(rows), 2 * rows * width**2 / taken) for rows, taken in times)
+            curves.append((float(width**2), curve))
+        return tuple(curves)
 
     def attention(self, biased: bool) -> Curve:
         """FLOP/s by the number of tokens."""

@@ -102,8 +102,8 @@ def predict(case: Case, machine: Ceilings) -> Prediction:
         case,
         {name: phase(work(dense), machine) for name, work in PHASES.items()},
         {name: phase(work(case), machine) for name, work in PHASES.items()},
-        cache_bytes(dense),
-        cache_bytes(case),
+        round(machine.wide * cache_bytes(dense)),
+        round(machine.wide * cache_bytes(case)),
         bias_costs(prefill(case), machine),
     )
 
@@ -120,5 +120,5 @@ def longest_batch(case: Case, machine: Ceilings) -> int:
     if shape.experts > 1:
         inside += 3 * shape.width * shape.chosen
     widest = VALUE * (8 * case.tokens * shape.width + max(case.running) * inside)
-    free = (1 - SPARE) * machine.memory - VALUE * shape.parameters
+    free = (1 - SPARE) * machine.memory / machine.wide - VALUE * shape.parameters
     return max(0, int(free // (cache_bytes(one) + widest)))

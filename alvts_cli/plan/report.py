@@ -79,7 +79,7 @@ def _plain(phase: Phase) -> dict[str, Any]:
 def _title(case: Case, machine: Ceilings) -> str:
     kept = sum(case.kept) / len(case.kept)
     return (
-        f"{case.shape.name} on {machine.name}, bfloat16: {case.visual_tokens} visual + "
+        f"{case.shape.name} on {machine.name}, {machine.dtype}: {case.visual_tokens} visual + "
         f"{case.text_tokens} text tokens, {kept:.1f} visual tokens kept a layer, {case.policy}. "
         "Predicted, not measured."
     )

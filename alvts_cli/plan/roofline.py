@@ -4,7 +4,7 @@ be launched (Williams et al., Roofline, 2009, with launches for a third ceiling)
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from .cards import Ceilings, at
+from .cards import Ceilings, at, over
 from .work import Attention, Product, Stretch
 
 
@@ -49,13 +49,15 @@ def phase(work: Sequence[Stretch], machine: Ceilings) -> Phase:
     """
     arithmetic = memory = launching = eager = graph = 0.0
     gap = machine.graph_launch or 0.0
+    wide = machine.wide
     for one in work:
         parts = [_product(product, machine) for product in one.products]
         if one.attention is not None:
             parts.append(_attention(one.attention, machine))
         moving = 0.0
         if one.moved:
-            moving = one.moved / at(machine.elementwise, one.moved / max(1, one.launches))
+            moved = wide * one.moved
+            moving = moved / at(machine.elementwise, moved / max(1, one.launches))
         device = moving + sum(map(max, parts)) + gap * one.launches
         launch = machine.launch * one.launches
         arithmetic += one.times * sum(busy for busy, _ in parts)
@@ -65,7 +67,7 @@ def phase(work: Sequence[Stretch], machine: Ceilings) -> Phase:
         graph += one.times * device
     return Phase(
         flops=sum(one.flops for one in work),
-        read=sum(one.read for one in work),
+        read=round(wide * sum(one.read for one in work)),
         launches=sum(one.launches * one.times for one in work),
         arithmetic=arithmetic,
         memory=memory,
@@ -96,10 +98,11 @@ def _attending(attention: Attention | None, machine: Ceilings) -> float:
 
 def _product(product: Product, machine: Ceilings) -> tuple[float, float]:
     """Seconds of arithmetic, and of memory."""
-    activations = product.activations / at(machine.elementwise, product.activations / product.times)
-    reading = product.weights / machine.bandwidth
-    rate = at(machine.matmul, product.rows / product.shared)
-    return product.flops / rate, max(activations, reading)
+    activations = machine.wide * product.activations
+    moving = activations / at(machine.elementwise, activations / product.times)
+    reading = machine.wide * product.weights / machine.bandwidth
+    rate = over(machine.matmul, product.inner * product.columns, product.rows / product.shared)
+    return product.flops / rate, max(moving, reading)
 
 
 def _attention(attention: Attention, machine: Ceilings) -> tuple[float, float]:
@@ -107,5 +110,5 @@ def _attention(attention: Attention, machine: Ceilings) -> tuple[float, float]:
     curve = machine.biased if attention.biased else machine.attention
     return (
         attention.computed / at(curve, attention.tokens),
-        attention.cache / machine.bandwidth,
+        machine.wide * attention.cache / machine.bandwidth,
     )

@@ -13,7 +13,7 @@ from ..engine.sizes import ROWS, default_carry_rank, default_rank
 from .shape import Counts, Kind, Shape
 
 VALUE = 2
-"""Bytes of a number in bfloat16."""
+"""Bytes of a number in bfloat16. `Ceilings.wide` makes them those of another precision."""
 
 
 @dataclass(frozen=True)
