@@ -98,17 +98,18 @@ def _policies(artifact: Artifact) -> str:
     picked = {one.keep: one.policy for one in artifact.picked}
     rows = [
         f"| {t.keep:.0%} | {t.policy}{' **(picked)**' * (picked.get(t.keep) == t.policy)} "
-        f"| {t.same:.1%} | {t.loss:.3f} |"
+        f"| {t.same:.1%} | {t.loss:.3f} | {'-' if t.time is None else f'{1 / t.time:.2f}x'} |"
         for t in trials
     ]
     return "\n".join(
         [
             "",
             "Answers that are the dense model's own, token for token, on samples that were not "
-            "fitted, and their loss (KL to the dense model's, in nats):",
+            "fitted, their loss (KL to the dense model's, in nats), and how many times as fast as "
+            "the dense model's the prefill was on the machine that calibrated:",
             "",
-            "| keep | policy | same answers | loss |",
-            "|---|---|---|---|",
+            "| keep | policy | same answers | loss | prefill |",
+            "|---|---|---|---|---|",
             *rows,
             "",
         ]

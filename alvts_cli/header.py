@@ -60,12 +60,15 @@ class Trial:
         loss: KL of the answers' tokens to the dense model's, in nats, mean over tokens, then over
             samples.
         same: share of the answers that are the dense model's own, token for token.
+        time: of the language model's prefill on the machine that calibrated, the dense one's
+            being 1; None in files from before 0.2, whose policies were picked by loss alone.
     """
 
     keep: float
     policy: Policy
     loss: float
     same: float
+    time: Annotated[float, Field(gt=0)] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,17 @@
 """Which policy keeps the model's answers, found by trying: models differ.
 
-Every candidate is tried at every one of `RATIOS` on samples that nothing was fitted on, and the one
-with the lowest loss is picked; of two that are as good, the cheaper. So what alvts does to a model
-it was calibrated on is never worse, on those samples, than the paper's own way. What was measured,
-and what was tried and is no candidate, stands in the README of this folder.
+Every candidate is tried at every one of `RATIOS` on samples that nothing was fitted on, and its
+prefill is timed on the machine at hand. A candidate is out at a ratio where another one, on more
+tokens, keeps more of the answers **in the same time**; of the others, the one with the lowest loss
+is picked, or the cheapest of those that are as good. So what alvts does to a model it was
+calibrated on is never worse, on those samples, than the paper's own way in that time. What was
+measured, and what was tried and is no candidate, stands in the README of this folder.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from alvts_cli.engine import NAMED, PAPER, Picked, Selectors
@@ -15,6 +19,7 @@ from alvts_cli.header import Trial
 from alvts_cli.spread import Group
 
 from .answers import Answered, kept_answers
+from .timing import time_policies, turns
 
 RATIOS = (0.02, 0.05, 0.11, 0.33)
 """Keep ratios for which a policy is picked."""
@@ -32,6 +37,8 @@ CANDIDATES = (
 )
 """By cost, the cheapest first."""
 
+_CHOICES = [(keep, policy) for keep in RATIOS for policy in CANDIDATES]
+
 _AS_GOOD = 1.25, 0.001
 """So many times the lowest loss, and nats on top, are as good as it: 64 samples tell no less. With
 1.05, every fourth layer was picked for smol at 2 % (.138 for .153), which kept 76 % (72-81) of 490
@@ -39,15 +46,21 @@ test questions, less than the cheaper choice once."""
 
 
 def prefills(samples: int) -> float:
-    """Dense prefills that the trials cost, about, by their share of visual tokens."""
-    return samples * len(CANDIDATES) * sum(RATIOS)
+    """Dense prefills that the trials cost, about, by their share of visual tokens; the timing too,
+    as if it saved nothing."""
+    return samples * len(CANDIDATES) * sum(RATIOS) + turns(_CHOICES)
+
+
+def steps() -> int:
+    """How often `try_policies` calls `on_step`."""
+    return len(_CHOICES) + turns(_CHOICES)
 
 
 def try_policies(
     model: Any,
     selectors: Selectors,
     samples: Sequence[Answered],
-    on_trial: Callable[[int, int], None],
+    on_step: Callable[[], None],
     group: Group | None = None,
 ) -> tuple[Trial, ...]:
     """Every candidate at every ratio.
@@ -56,26 +69,71 @@ def try_policies(
         model: of a known family.
         selectors: with carries.
         samples: that nothing was fitted on; of a group, those of this process.
-        on_trial: called after each trial with the number so far, and that of all.
+        on_step: called after each of `steps()`.
         group: of processes that share the samples.
     """
-    trials: list[Trial] = []
-    for keep in RATIOS:
-        for policy in CANDIDATES:
-            kept = kept_answers(model, selectors, keep, policy, samples, group)
-            trials.append(Trial(keep, policy, kept.loss, kept.same))
-            on_trial(len(trials), len(RATIOS) * len(CANDIDATES))
+    times = time_policies(model, selectors, _CHOICES, samples, on_step, group)
+    trials = []
+    for keep, policy in _CHOICES:
+        kept = kept_answers(model, selectors, keep, policy, samples, group)
+        trials.append(Trial(keep, policy, kept.loss, kept.same, times[keep, policy]))
+        on_step()
     return tuple(trials)
 
 
 def pick(trials: Sequence[Trial]) -> tuple[Picked, ...]:
-    """The best policy for each ratio, ascending: the first, in the order of the trials, whose loss
-    is as good as the lowest."""
-    factor, more = _AS_GOOD
-    picked = []
-    for keep in sorted({trial.keep for trial in trials}):
-        those = [trial for trial in trials if trial.keep == keep]
-        limit = factor * min(trial.loss for trial in those) + more
-        best = next(trial for trial in those if trial.loss <= limit)
-        picked.append(Picked(keep, best.policy))
-    return tuple(picked)
+    """The best policy for each ratio, ascending.
+
+    Args:
+        trials: all with their times; of the same ratio, the cheapest first.
+    """
+    return tuple(
+        Picked(keep, _best([one for one in trials if one.keep == keep], trials).policy)
+        for keep in sorted({trial.keep for trial in trials})
+    )
+
+
+def _best(those: Sequence[Trial], trials: Sequence[Trial]) -> Trial:
+    """Of `those`, which keep as many tokens, the first that is as good as the best of those that
+    are worth their time."""
+    behind = [_times_as_much(one.loss, _least_in(_time(one), trials)) for one in those]
+    # Where none is worth its time, those that are nearest to it.
+    most = _AS_GOOD[0] * max(1.0, min(behind))
+    left = [one for one, by in zip(those, behind, strict=True) if by <= most]
+    least = min(one.loss for one in left)
+    return next(one for one in left if _times_as_much(one.loss, least) <= _AS_GOOD[0])
+
+
+def _times_as_much(loss: float, least: float) -> float:
+    """`loss` over `least`, but for what tells nothing."""
+    return max(0.0, loss - _AS_GOOD[1]) / max(least, 1e-9)
+
+
+def _least_in(time: float, trials: Sequence[Trial]) -> float:
+    """What the best candidate loses in a time.
+
+    What a candidate loses between two ratios lies on a line of the logarithms of the losses, over
+    the time; at the end of every such line stands the dense model, which loses nothing.
+    """
+    least = math.inf
+    for policy in {one.policy for one in trials}:
+        points = [(_time(one), one.loss) for one in trials if one.policy == policy]
+        least = min(least, _loss_at(time, sorted([*points, (1.0, 0.0)])))
+    return least
+
+
+def _time(trial: Trial) -> float:
+    assert trial.time is not None, "only files from before have none"
+    return trial.time
+
+
+def _loss_at(time: float, points: Sequence[tuple[float, float]]) -> float:
+    """Loss after `time`, between the points before and behind it; infinite before the first."""
+    more = _AS_GOOD[1]
+    least = min((loss for at, loss in points if at <= time), default=math.inf)
+    for (before, high), (after, low) in pairwise(points):
+        if before <= time < after:
+            step = (time - before) / (after - before)
+            logarithm = (1 - step) * math.log(high + more) + step * math.log(low + more)
+            least = min(least, math.exp(logarithm) - more)
+    return least

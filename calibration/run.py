@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from itertools import count
 from statistics import median
 from typing import Any
 
@@ -25,7 +26,7 @@ from .answers import Answered, answered
 from .capture import Captured, capture
 from .carry import fit_carries
 from .checkpoint import Checkpoint
-from .policy import pick, try_policies
+from .policy import pick, steps, try_policies
 from .settings import Settings
 from .sweep import sweep
 
@@ -44,7 +45,7 @@ class Watch:
         layer: after a layer is finished (and on disk, with a checkpoint); gets its index, from
             0, the number of layers, and how good the fit is.
         carried: after a layer's carried update was fitted; gets its index and the layers' number.
-        trial: after a policy was tried; gets the number so far, and that of all.
+        trial: after a step of trying policies; gets their number so far, and that of all.
     """
 
     sample: Callable[[int], None] = _ignore
@@ -73,7 +74,8 @@ def calibrate(
         save_artifact(artifact, Path("my.alvts.safetensors"))
 
     The same model, samples and settings on the same machine and number of threads give the same
-    artifact, also when resumed.
+    selectors, also when resumed. The times of the policies are measured, so they differ; and where
+    two policies are as good, so may the picked one.
 
     Args:
         model: of a known family, loaded whole and in eval mode.
@@ -184,7 +186,8 @@ def calibrate(
     )
     if paper:
         return artifact
-    trials = try_policies(model, artifact, answers, watch.trial, group)
+    done = count(1)
+    trials = try_policies(model, artifact, answers, lambda: watch.trial(next(done), steps()), group)
     return replace(artifact, picked=pick(trials), calibration=replace(record, trials=trials))
 
 

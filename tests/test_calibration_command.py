@@ -126,6 +126,7 @@ def test_numbers_out_of_range_are_refused(options: tuple[object, ...]) -> None:
     refused(*command(*options), code=2)
 
 
+@pytest.mark.usefixtures("same_times")
 def test_an_interrupted_run_goes_on_with_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +165,7 @@ def test_interrupted_in_the_first_layer_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("same_times")
 def test_two_runs_for_one_file_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second is refused at once; the first ends as if it had been alone."""
     alone, out = tmp_path / "alone", tmp_path / "out"

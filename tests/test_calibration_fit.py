@@ -172,6 +172,7 @@ def test_what_is_measured_is_what_runs() -> None:
     assert artifact.calibration.layers[0].recall_after == pytest.approx(mean, abs=1e-6)
 
 
+@pytest.mark.usefixtures("same_times")
 def test_the_same_seed_is_the_same_file(tmp_path: Path) -> None:
     for name in ("a", "b"):
         fit(make_small(), tmp_path / name)
@@ -186,6 +187,7 @@ class Crash(BaseException):
     """As sudden as Ctrl-C."""
 
 
+@pytest.mark.usefixtures("same_times")
 @pytest.mark.parametrize("last", range(LAYERS))
 def test_a_resumed_run_gives_the_uninterrupted_file(last: int, tmp_path: Path) -> None:
     model = make_small()

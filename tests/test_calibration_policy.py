@@ -1,17 +1,21 @@
 """What skipped tokens are carried on with, what is left of the answers, and what is picked."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from calibration_tools import LAYERS, RANK, fast, make_processor, make_small, scenes
 from tiny import FAMILIES, make_inputs, make_model, make_selectors, one_image
 
+from alvts_cli.bench.timing import generate
 from alvts_cli.engine import NAMED, PAPER, Policy, policy_for
 from alvts_cli.engine.carry import carried
 from alvts_cli.engine.normed import Normed
 from alvts_cli.families import family_of
 from alvts_cli.header import Trial
 from alvts_cli.prompts import build_inputs
-from calibration import calibrate
+from calibration import calibrate, timing
 from calibration.answers import answered, kept_answers
 from calibration.capture import capture, run_layer
 from calibration.carry import fit_carries
@@ -81,18 +85,18 @@ def test_a_carry_of_full_rank_is_the_ridge_regression_of_the_update():
     assert errors[0] < errors[1] < errors[2]
 
 
-def trial(keep: float, policy: Policy, loss: float) -> Trial:
-    return Trial(keep, policy, loss, 0.5)
+def trial(keep: float, policy: Policy, loss: float, time: float = 0.5) -> Trial:
+    return Trial(keep, policy, loss, 0.5, time)
 
 
 def test_the_cheapest_that_is_as_good_is_picked():
     trials = [
-        trial(0.1, ONCE, 0.104),
-        trial(0.1, PAPER, 0.9),
-        trial(0.1, EACH, 0.1),
-        trial(0.02, ONCE, 0.3),
-        trial(0.02, PAPER, 0.9),
-        trial(0.02, EACH, 0.1),
+        trial(0.1, ONCE, 0.104, 0.3),
+        trial(0.1, PAPER, 0.9, 0.3),
+        trial(0.1, EACH, 0.1, 0.3),
+        trial(0.02, ONCE, 0.3, 0.2),
+        trial(0.02, PAPER, 0.9, 0.2),
+        trial(0.02, EACH, 0.11, 0.2),
         # Far below what an answer shows.
         trial(0.5, ONCE, 0.0009),
         trial(0.5, EACH, 0.0),
@@ -102,6 +106,92 @@ def test_the_cheapest_that_is_as_good_is_picked():
         (0.1, ONCE),
         (0.5, ONCE),
     ]
+
+
+EVERY = NAMED["every-4"]
+
+
+def test_what_keeps_less_in_the_same_time_is_not_picked():
+    """On more tokens, the cheaper policy is as slow as the other and keeps more of the answers."""
+    cheap = [trial(0.1, ONCE, 0.07, 0.3), trial(0.3, ONCE, 0.001, 0.5)]
+    assert picked_at(0.1, [*cheap, trial(0.1, EVERY, 0.01, 0.6)]) == ONCE
+    # As good as that, and on fewer tokens.
+    assert picked_at(0.1, [*cheap, trial(0.1, EVERY, 0.001, 0.5)]) == EVERY
+    # Faster than what would do as well: on the line between the cheap one's two losses lies .011.
+    assert picked_at(0.1, [*cheap, trial(0.1, EVERY, 0.009, 0.4)]) == EVERY
+    assert picked_at(0.1, [*cheap, trial(0.1, EVERY, 0.02, 0.4)]) == ONCE
+    # Behind the last of the cheap ones lies the dense model, which loses nothing.
+    last = [trial(0.1, ONCE, 0.07, 0.3), trial(0.1, EVERY, 0.01, 0.9)]
+    assert picked_at(0.1, last) == ONCE
+    assert picked_at(0.1, [last[0], trial(0.1, EVERY, 0.01, 0.5)]) == EVERY
+
+
+def test_a_slower_one_of_fewer_tokens_counts_too():
+    """Fewer tokens under the other policy take as long and keep more: it is picked where both are
+    asked for the same number, unless that takes it longer than it is worth."""
+    few = [trial(0.05, ONCE, 0.2, 0.3), trial(0.05, EVERY, 0.02, 0.4)]
+    assert picked_at(0.1, [*few, trial(0.1, ONCE, 0.1, 0.4), trial(0.1, EVERY, 0.01, 0.5)]) == EVERY
+
+
+def test_where_nothing_is_worth_its_time_the_least_lost_is_picked():
+    """As on a GPU whose host is what takes the time: the dense model is faster, and loses none."""
+    slow = [trial(0.1, ONCE, 0.07, 1.4), trial(0.1, EVERY, 0.01, 1.9), trial(0.1, EACH, 0.05, 2.9)]
+    assert picked_at(0.1, slow) == EVERY
+
+
+def picked_at(keep: float, trials: list[Trial]) -> Policy:
+    """Of the ratio alone."""
+    return next(one.policy for one in pick(trials) if one.keep == keep)
+
+
+def test_policies_are_timed_in_turns_on_the_same_prompts(monkeypatch):
+    """Each against the dense prefill of its own round, the warm-up left out."""
+    model = make_model("llava")
+    samples = [answered(model, make_inputs(model, one_image("llava", seed)), 1) for seed in (0, 1)]
+    selectors = make_selectors("llava", policy=EACH)
+    seen = []
+
+    def timed(its, inputs, new_tokens):
+        assert its is model and new_tokens == 1
+        generated = generate(its, inputs, 1)
+        number = len(seen) // 3
+        pictures = inputs["pixel_values"]
+        assert torch.equal(pictures, samples[number % 2].inputs["pixel_values"])
+        seen.append(generated.kv_bytes)
+        # The machine is ten times as slow in every other round, and the warm-up is another matter.
+        pace = 1e6 if number == 0 else 10.0 ** (number % 2)
+        return replace(generated, prefill_ms=pace * generated.kv_bytes)
+
+    monkeypatch.setattr(timing, "generate", timed)
+    choices = [(0.1, ONCE), (0.5, PAPER)]
+    done = []
+    times = timing.time_policies(model, selectors, choices, samples, lambda: done.append(1))
+    assert len(done) == len(seen) == timing.turns(choices) == 3 * (timing.ROUNDS + 1)
+    dense, few, half = sorted(set(seen), reverse=True)[0], min(seen), sorted(set(seen))[1]
+    assert times == {choices[0]: few / dense, choices[1]: half / dense}
+    # Of several processes the first one's count.
+    both = SimpleNamespace(gather=lambda found: [{"the first one's": 1.0}, *found])
+    assert timing.time_policies(model, selectors, choices, samples, int, both) == {
+        "the first one's": 1.0
+    }
+    # Each comes first in its turn.
+    assert {seen[3 * number] for number in range(3)} == {dense, few, half}
+
+
+def test_a_gpu_times_as_many_prompts_as_fit(monkeypatch):
+    model = make_model("llava")
+    inputs = answered(model, make_inputs(model, one_image("llava", 0)), 1).inputs
+    tried = []
+
+    def crowded(its, batch, new_tokens):
+        tried.append(len(batch["input_ids"]))
+        if tried[-1] > 2:
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(timing, "generate", crowded)
+    assert timing._fitting(model, inputs, 8) == 2 and tried == [8, 4, 2]
+    tried.clear()
+    assert timing._fitting(model, inputs, 1) == 1 and tried == []
 
 
 def test_the_nearest_ratio_decides():
@@ -116,6 +206,7 @@ def test_calibration_tries_all_and_picks_for_each_ratio():
     trials = artifact.calibration.trials
     assert [(t.keep, t.policy) for t in trials] == [(k, p) for k in RATIOS for p in CANDIDATES]
     assert artifact.picked == pick(trials)
+    assert all(0 < t.time < 100 for t in trials)
     assert PAPER in CANDIDATES, "so that alvts is never worse than the paper's own way"
     assert artifact.visual_tokens == 256 and artifact.rank == RANK
     assert prefills(64) < 1500

@@ -10,7 +10,8 @@ from ..header import CalibrationRecord
 
 POLICY_NOTE = (
     "answers that are the dense model's own, token for token, and their loss (KL to the dense "
-    "model's, in nats), on samples that were not fitted; *: picked"
+    "model's, in nats), on samples that were not fitted; how many times as fast as the dense "
+    "model's the prefill was on the machine that calibrated; *: picked"
 )
 """What the figures of `policy_table` are."""
 
@@ -33,7 +34,8 @@ def fit_table(record: CalibrationRecord) -> Table:
 
 
 def policy_table(record: CalibrationRecord, picked: Sequence[Picked]) -> Table:
-    """What every policy that was tried does to the answers, and which was picked."""
+    """What every policy that was tried does to the answers and to the prefill's time, and which was
+    picked."""
     trials = record.trials
     table = Table("policy", box=SIMPLE_HEAD, pad_edge=False)
     keeps = sorted({trial.keep for trial in trials})
@@ -44,6 +46,7 @@ def policy_table(record: CalibrationRecord, picked: Sequence[Picked]) -> Table:
         cells = []
         for trial in (t for t in trials if t.policy == policy):
             mark = "*" if chosen.get(trial.keep) == policy else " "
-            cells.append(f"{trial.same:.0%} ({trial.loss:.3f}){mark}")
+            faster = "" if trial.time is None else f"\n{1 / trial.time:.2f}x "
+            cells.append(f"{trial.same:.0%} ({trial.loss:.3f}){mark}{faster}")
         table.add_row(str(policy), *cells)
     return table
