@@ -44,6 +44,11 @@ _AS_GOOD = 1.25, 0.001
 1.05, every fourth layer was picked for smol at 2 % (.138 for .153), which kept 76 % (72-81) of 490
 test questions, less than the cheaper choice once."""
 
+_SAME_TIME = 0.95
+"""Of a candidate's time is what another one has to do it in: timings of the same work were that far
+apart (pocket, 11 rounds, two idle cores), and between few tokens and fewer a small model's prefill
+hardly gets faster, so that chance would pick."""
+
 
 def prefills(samples: int) -> float:
     """Dense prefills that the trials cost, about, by their share of visual tokens; the timing too,
@@ -96,7 +101,9 @@ def pick(trials: Sequence[Trial]) -> tuple[Picked, ...]:
 def _best(those: Sequence[Trial], trials: Sequence[Trial]) -> Trial:
     """Of `those`, which keep as many tokens, the first that is as good as the best of those that
     are worth their time."""
-    behind = [_times_as_much(one.loss, _least_in(_time(one), trials)) for one in those]
+    behind = [
+        _times_as_much(one.loss, _least_in(_SAME_TIME * _time(one), trials)) for one in those
+    ]
     # Where none is worth its time, those that are nearest to it.
     most = _AS_GOOD[0] * max(1.0, min(behind))
     left = [one for one, by in zip(those, behind, strict=True) if by <= most]
@@ -110,7 +117,7 @@ def _times_as_much(loss: float, least: float) -> float:
 
 
 def _least_in(time: float, trials: Sequence[Trial]) -> float:
-    """What the best candidate loses in a time.
+    """What the best candidate loses in a time; infinite where none is as fast.
 
     What a candidate loses between two ratios lies on a line of the logarithms of the losses, over
     the time; at the end of every such line stands the dense model, which loses nothing.
