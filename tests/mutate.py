@@ -148,7 +148,7 @@ def changes(node: ast.AST) -> Iterator[ast.AST | None]:
             for value in (True, False):
                 if isinstance(made, ast.If) or not value:
                     yield _with(made, test=ast.Constant(value))
-        case ast.Return(value=value) if value is not None:
+        case ast.Return(value=value) if value is not None and ast.unparse(value) != "None":
             yield ast.Return(None)
         case ast.Expr(value=ast.Call() | ast.Yield()) | ast.Raise() | ast.AugAssign():
             yield None
