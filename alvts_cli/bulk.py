@@ -228,7 +228,7 @@ def answer_all(
                     inputs = prepare(job.loaded, sample.images, sample.prompt, job.max_new_tokens)
                     prepared.append((i, sample.id, sample.prompt, inputs))
                 except AlvtsError as error:
-                    reader.skipped.append(f"{name}: {error}")
+                    reader.skip(name, error)
                     advance(1)
             if reader.hopeless(len(prepared) + len(journal.lines)):
                 break

@@ -23,13 +23,17 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO, StringIO
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from PIL import Image
+from pydantic import Field, TypeAdapter
 
 from .errors import AlvtsError
-from .prompts import MARKER, first_turn, read_image
+from .prompts import MARKER, read_image
+from .schema import Record, Text, check
+from .terminal import one_line
 
 NAMES = {
     "image": ("image", "images", "file_name", "file_names"),
@@ -145,10 +149,14 @@ class Reader:
                 try:
                     sample = read()
                 except AlvtsError as error:
-                    self.skipped.append(f"{name}: {error}")
+                    self.skip(name, error)
                     continue
                 found += 1
                 yield name, sample, read
+
+    def skip(self, name: str, error: AlvtsError) -> None:
+        """Write down a broken record; names in it may be of several lines."""
+        self.skipped.append(one_line(f"{name}: {error}"))
 
     def hopeless(self, found: int) -> bool:
         """Whether so many are broken, and none of `found` is not, that it is no use going on."""
@@ -390,30 +398,34 @@ class _Reading:
                 many as there are.
         """
         record = _parsed(raw() if callable(raw) else raw)
-        asked, answer = self._part(record, "question"), self._part(record, "answer")
-        if isinstance(asked, list):
-            asked, said = first_turn(asked)
-            answer = said if answer is None else answer
-        prompt = asked if _is_text(asked) else self.source.prompt
+        told = {
+            "image": _several(self._part(record, "image"), lambda path: {"path": path}),
+            "question": _several(self._part(record, "question"), _as_turn),
+            "answer": _several(self._part(record, "answer")),
+        }
+        if not self.source.answered:
+            # A column of that name may hold anything, such as the numbers of classes.
+            told["answer"] = list(filter(_is_text, told["answer"]))
+        parts = check(_PARTS, told, "it", of_json=False)
+        asked, said = parts.first_turn()
+        prompt = asked if asked.strip() else self.source.prompt
         if prompt is None:
             raise self._without(record, "question")
-        answers = tuple(filter(_is_text, answer if isinstance(answer, list) else [answer]))
+        answers = tuple(parts.answer or _several(said))
         if self.source.answered and not answers:
             raise self._without(record, "answer")
-        found = self._part(record, "image")
-        pictures = [p for p in (found if isinstance(found, list) else [found]) if p is not None]
-        if not pictures:
+        if not parts.image:
             raise self._without(record, "image")
         places = prompt.count(MARKER)
-        if places not in (0, len(pictures)):
+        if places not in (0, len(parts.image)):
             raise AlvtsError(
                 f"its question has {places} places for images ({MARKER}), "
-                f"but it has {len(pictures)}"
+                f"but it has {len(parts.image)}"
             )
-        images = [self._picture(picture, name) for picture in pictures]
+        images = [self._picture(picture, name) for picture in parts.image]
         own, kind = self._part(record, "id"), self._part(record, "kind")
         if own is None:
-            own = pictures[0] if isinstance(pictures[0], str) else name
+            own = name if "bytes" in told["image"][0] else parts.image[0].path
         return Sample(
             str(own) if _is_text(str(own)) else name,
             images,
@@ -433,17 +445,57 @@ class _Reading:
         wanted = f"no column {told}" if told else f"name its column with --columns {part}=..."
         return AlvtsError(f"it has no {part}; of its columns ({', '.join(record)}), {wanted}")
 
-    def _picture(self, picture: Any, name: str) -> Image.Image:
-        """A file's name, or `{"bytes": ..., "path": ...}`, of which one may be None."""
-        told = picture if isinstance(picture, dict) else {"path": picture}
-        path, data = told.get("path"), told.get("bytes")
-        if isinstance(data, bytes):
-            return read_image(BytesIO(data), f"of {name}")
-        if not isinstance(path, str):
+    def _picture(self, picture: "_Picture", name: str) -> Image.Image:
+        if picture.data is not None:
+            return read_image(BytesIO(picture.data), f"of {name}")
+        if picture.path is None:
             raise AlvtsError("its image holds no picture")
         if self.folder is not None:
-            return read_image(inside(self.folder, path))
-        return read_image(_of_hub(path), f"of {name}")
+            return read_image(inside(self.folder, picture.path))
+        return read_image(_of_hub(picture.path), f"of {name}")
+
+
+class _Picture(Record):
+    """As `datasets` has it undecoded: either may be None."""
+
+    path: Text | None = None
+    data: Annotated[bytes | None, Field(alias="bytes")] = None
+
+
+class _Turn(Record):
+    """As LLaVA's instruction set has it."""
+
+    speaker: Annotated[str, Field(alias="from")]
+    value: Text
+
+
+class _Parts(Record):
+    """The parts of a record that are checked."""
+
+    image: list[_Picture]
+    question: list[_Turn]
+    answer: list[Text]
+
+    def first_turn(self) -> tuple[str, str]:
+        """The first question and the answer to it, or "" for what is not there."""
+        for turn, then in zip_longest(self.question, self.question[1:]):
+            if turn.speaker == "human":
+                return turn.value, then.value if then and then.speaker == "gpt" else ""
+        return "", ""
+
+
+_PARTS = TypeAdapter(_Parts)
+
+
+def _several(value: Any, alone: Callable[[Any], Any] = lambda one: one) -> list[Any]:
+    """One or several, as a list without empty ones; `alone` makes a mapping of what is none."""
+    several = value if isinstance(value, list) else [value]
+    there = [one for one in several if (one.strip() if isinstance(one, str) else one is not None)]
+    return [one if isinstance(one, dict) else alone(one) for one in there]
+
+
+def _as_turn(text: Any) -> dict[str, Any]:
+    return {"from": "human", "value": text}
 
 
 def _of_hub(path: str) -> Path | BytesIO:

@@ -48,27 +48,6 @@ _TURNS = {
 """By how the name of the processor's class begins; `_LLAVA` for all others."""
 
 
-def first_turn(conversations: Any) -> tuple[str, str | None]:
-    """First question of `[{"from": "human" or "gpt", "value": ...}, ...]`, and the answer to it.
-
-    That is how LLaVA's instruction set is written.
-
-    Raises:
-        AlvtsError: there is no question.
-    """
-    turns = conversations if isinstance(conversations, list) else []
-    said = [
-        (turn.get("from"), turn["value"])
-        for turn in turns
-        if isinstance(turn, dict) and isinstance(turn.get("value"), str)
-    ]
-    for i, (speaker, text) in enumerate(said):
-        if speaker == "human":
-            answered = i + 1 < len(said) and said[i + 1][0] == "gpt"
-            return text, said[i + 1][1] if answered else None
-    raise AlvtsError("it has no question")
-
-
 def read_image(source: Path | BinaryIO, name: str | None = None) -> Image.Image:
     """A picture from a file, RGB, turned as its EXIF data says.
 

@@ -1,9 +1,10 @@
 """What is read from files, checked in one way: JSON without surprises, then a pydantic schema."""
 
 import json
+import re
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from .errors import AlvtsError
 
@@ -17,6 +18,16 @@ Whole = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 """Neither infinite nor not a number."""
+
+
+def _unicode(text: str) -> str:
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError("Input should be Unicode")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
+"""Without half characters such as JSON's "\\ud800"."""
 
 
 class Record(BaseModel):
@@ -38,19 +49,24 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it nests too deep") from None
 
 
-def check(schema: type[Checked] | TypeAdapter[Checked], value: Any, what: str) -> Checked:
-    """A value from `parse_json`, checked.
+def check(
+    schema: type[Checked] | TypeAdapter[Checked], value: Any, what: str, of_json: bool = True
+) -> Checked:
+    """A value, checked.
 
     Args:
         schema: a `Record`, or another type that pydantic knows.
         value: plain.
         what: where it is from, for the message.
+        of_json: the value is one of `parse_json`: where the schema has a tuple, it has a list.
 
     Raises:
         AlvtsError: the first thing that is wrong with it, by its name.
     """
     adapter = schema if isinstance(schema, TypeAdapter) else TypeAdapter(schema)
     try:
+        if not of_json:
+            return adapter.validate_python(value)
         # As JSON again: there, a strict schema takes a list for a tuple.
         return adapter.validate_json(json.dumps(value, ensure_ascii=False).encode())
     except UnicodeEncodeError:
@@ -58,7 +74,7 @@ def check(schema: type[Checked] | TypeAdapter[Checked], value: Any, what: str) -
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
-        why = first["msg"].removeprefix("Value error, ")
+        why = first["msg"].removeprefix("Value error, ").partition(" or instance of ")[0]
         about = f"{where!r}: {why}" if where else why
         raise AlvtsError(f"{what} is not valid: {about[:200]}") from None
     except AlvtsError as error:

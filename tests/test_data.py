@@ -286,7 +286,81 @@ def test_a_half_character_is_one_broken_record(pictures: Path) -> None:
     )
     samples, skipped = read(read_data(Source(str(pictures / "data.jsonl")), None, None))
     assert samples == []
-    assert "it has no question" in skipped and "it is not JSON" in skipped
+    assert "'question.0.value': Input should be Unicode" in skipped and "it is not JSON" in skipped
+
+
+def _said(*turns: tuple[Any, Any]) -> list[dict[str, Any]]:
+    return [{"from": speaker, "value": value} for speaker, value in turns]
+
+
+_LATER = (("human", "Sure?"), ("gpt", "Yes."))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        # A broken first turn must not make a later one the first.
+        ({"conversations": _said(("human", 7), ("gpt", "A"), *_LATER)}, "question.0.value"),
+        ({"conversations": _said(("human", None), ("gpt", "A"), *_LATER)}, "question.0.value"),
+        ({"conversations": _said((7, "What?"), ("gpt", "A"), *_LATER)}, "question.0.from"),
+        ({"conversations": [{"value": "What?"}, *_said(*_LATER)]}, "question.0.from"),
+        ({"conversations": [3, *_said(*_LATER)]}, "question.0.value"),
+        ({"conversations": _said(("human", "What?"), ("gpt", ["A"]))}, "question.1.value"),
+        ({"conversations": {"from": ["human"], "value": ["What?"]}}, "question.0.from"),
+        ({"conversations": _said(("gpt", "A"))}, "it has no question"),
+        ({"conversations": _said(("human", " "), ("gpt", "A"))}, "it has no question"),
+        ({"text": 10**400}, "question.0.value"),
+        ({"text": True}, "question.0.value"),
+        ({"image": 10**400}, "image.0.path"),
+        ({"image": "good1.png\ud800"}, "image.0.path': Input should be Unicode"),
+        ({"image": ["good1.png", ["good1.png"]]}, "image.1.path"),
+        ({"image": {"path": 7}}, "image.0.path"),
+        ({"image": {"path": "good1.png", "bytes": "words"}}, "image.0.bytes"),
+        ({"image": {"path": None}}, "its image holds no picture"),
+        ({"image": " "}, "it has no image"),
+        ({"image": "a\nb.png"}, "there is no image"),
+        ({"text": None, "a\nb": 1}, "of its columns"),
+        ({"answer": 7}, "answer.0"),
+        ({"answer": [{"answer": "A"}]}, "answer.0"),
+        ({"answer": ["A", "\ud800"]}, "answer.1': Input should be Unicode"),
+        ({"answer": ["", " "]}, "it has no answer"),
+    ],
+)
+def test_a_part_that_is_not_what_it_should_be_is_named(
+    changed: dict[str, Any], words: str, pictures: Path
+) -> None:
+    record = {"image": "good1.png", "text": "What?", "answer": "A", **changed}
+    (pictures / "data.json").write_text(json.dumps([record]))
+    source = Source(str(pictures / "data.json"), answered=True)
+    samples, skipped = read(read_data(source, None, None))
+    assert samples == [] and words in skipped and skipped.startswith("data.json[0]: ")
+
+
+@pytest.mark.parametrize("deep", [200, 100_000])
+@pytest.mark.parametrize("part", ["image", "text", "answer", "id", "kind", "x"])
+def test_deep_nesting_is_at_most_a_broken_record(part: str, deep: int, pictures: Path) -> None:
+    record = {"image": '"good1.png"', "text": '"What?"', "answer": '"A"'}
+    record[part] = "[" * deep + "]" * deep
+    line = ", ".join(f'"{name}": {value}' for name, value in record.items())
+    (pictures / "data.jsonl").write_text(f"{{{line}}}")
+    source = Source(str(pictures / "data.jsonl"), answered=True)
+    samples, skipped = read(read_data(source, None, None))
+    assert bool(samples) == (deep == 200 and part in ("id", "kind", "x"))
+    assert len(skipped) < 300
+
+
+def test_what_is_not_asked_for_may_be_of_any_type(pictures: Path) -> None:
+    records = [
+        {"image": "good1.png", "text": "What?", "label": 3, "kind": [1], "id": 10**400},
+        {"image": ["good1.png", None], "text": ["What?"], "answers": [{"answer": "A"}, "B"]},
+    ]
+    (pictures / "data.json").write_text(json.dumps(records))
+    samples, skipped = read(read_data(Source(str(pictures / "data.json")), None, None))
+    assert skipped == "" and [s.prompt for s in samples] == ["What?"] * 2
+    assert [(s.id, s.answers, s.kind) for s in samples] == [
+        (str(10**400), (), ""),
+        ("good1.png", ("B",), ""),
+    ]
 
 
 def test_a_folder_of_pictures_with_one_prompt_for_all(pictures: Path) -> None:

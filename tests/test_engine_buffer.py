@@ -10,6 +10,7 @@ from tiny import FAMILIES, LAYERS, Prompt, make_inputs, make_model, make_selecto
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from alvts_cli import attach
+from alvts_cli.engine import Policy
 from alvts_cli.engine.merging import merge
 
 KEEP = [0.5, 0.25, 0, 5]
@@ -48,6 +49,27 @@ def test_in_place_gives_the_same_bits(family):
             slow = model(**inputs).logits
             assert seen == [False] * LAYERS
         assert torch.equal(fast, slow.detach())
+
+
+@pytest.mark.parametrize(
+    ("keep", "every", "merged"),
+    [
+        (0.25, 1, LAYERS),
+        (0.25, 2, LAYERS // 2),
+        (0.25, 0, 1),
+        # Layers on text alone hold, too; those that keep another number do not.
+        ([0.5, 0, 0, 5], 0, 3),
+        ([5, 5, 0.0, 5], 0, 3),
+        ([5, 5, 1.0, 5], 0, 2),
+    ],
+)
+def test_a_choice_is_put_back_once_behind_the_last_layer_that_holds_it(keep, every, merged):
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    selectors = make_selectors(policy=Policy(every=every))
+    with attach(model, selectors, keep), merges() as seen, torch.no_grad():
+        model(**inputs)
+    assert len(seen) == merged
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -119,6 +119,18 @@ def test_a_newer_transformers_is_said_once_per_attachment(monkeypatch: pytest.Mo
     assert len(seen) == 1
 
 
+def test_newer_is_a_later_minor_not_a_later_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    major, minor = map(int, calls.NEWEST_TESTED.split("."))
+    for version in (f"{major}.{minor}.{minor + 1}", f"{major - 1}.{minor + 1}.0"):
+        monkeypatch.setattr(calls.transformers, "__version__", version)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            calls.warn_if_untested()
+    monkeypatch.setattr(calls.transformers, "__version__", f"{major}.{minor + 1}.0.dev0")
+    with pytest.warns(UserWarning, match="is newer than"):
+        calls.warn_if_untested()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_installed_transformers_is_known(family: str) -> None:
     model = make_model(family)

@@ -6,7 +6,7 @@ from tiny import CACHE, FAMILIES, LAYERS, Prompt, make_inputs, make_model, make_
 from transformers import DynamicCache
 
 from alvts_cli import AlvtsError, attach
-from alvts_cli.engine import SelectiveLayer, cache_of
+from alvts_cli.engine import SelectiveLayer, attach_scorer, cache_of, resolve_keep
 from alvts_cli.families import family_of
 
 
@@ -137,6 +137,27 @@ def test_keep_comes_from_the_selectors_when_not_given():
             assert attachment.last.kept == ((16,), (8,), (4,), (0,))
             assert attachment.last.visual_tokens == (16,)
             assert attachment.last.layer_average == 7
+
+
+def test_what_any_other_scorer_keeps_is_given_as_it_is_to_attach():
+    class Last:
+        """The last tokens are the most important ones."""
+
+        def importance(self, layer_index, layer, hidden, plan, layer_kwargs):
+            places = torch.arange(1.0, hidden.shape[1] + 1)
+            return places.where(plan.visual, torch.tensor(-torch.inf))
+
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    logits = []
+    with torch.no_grad():
+        for keep in (0.25, 4, [0.25] * LAYERS, resolve_keep(0.25, LAYERS)):
+            with attach_scorer(model, Last(), keep) as attachment:
+                logits.append(model(**inputs).logits)
+                assert attachment.last.kept == ((4,),) * LAYERS
+    assert all(torch.equal(one, logits[0]) for one in logits)
+    with pytest.raises(AlvtsError):
+        attach_scorer(model, Last(), 2.5)
 
 
 def test_selectors_of_another_model_are_refused():

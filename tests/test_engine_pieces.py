@@ -5,6 +5,7 @@ import pytest
 import torch
 from reference import reference_logits, watch_selection
 from test_engine_batch import fresh, prompts
+from test_engine_plan import planned
 from test_engine_reference import check_generation, counts
 from tiny import CACHE, FAMILIES, LAYERS, Prompt, make_inputs, make_model, make_selectors, one_image
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -12,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from alvts_cli import AlvtsError, attach
 from alvts_cli.engine import NAMED, Policy, cache_of, make_pieces, parse_policy
 from alvts_cli.engine.diversity import directions
-from alvts_cli.engine.forward import _Choice
+from alvts_cli.engine.forward import Forward, Pieces, _Choice
 from alvts_cli.engine.mass import find_members, pooled
 from alvts_cli.engine.scene import Scene
 from alvts_cli.engine.selecting import make_layout
@@ -92,6 +93,15 @@ def test_a_choice_follows_the_layers_to_another_device():
     assert choice.scores.device.type == choice.importance.device.type == "meta"
     # What was made of them is made again.
     assert choice.states is None and choice.counts == ()
+
+
+def test_text_alone_is_chosen_once_a_device():
+    forward = Forward(planned("tvvt"), None, Pieces(), "sdpa")
+    choice = forward._text_alone(1)
+    choice.rows = torch.tensor([[0, 3]])
+    assert forward._text_alone(2) is choice
+    choice.rows = choice.rows.to("meta")
+    assert forward._text_alone(3) is not choice
 
 
 @every_policy

@@ -1,11 +1,14 @@
 """Watching what every layer keeps: told as it is, and without a trace in the result."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny import FAMILIES, Prompt, make_inputs, make_model, make_selectors, one_image
 
 from alvts_cli import attach
 from alvts_cli.engine import Policy
+from alvts_cli.engine.calls import going_on
 
 KEEP = [1.0, 0.25, 0.0, 5]
 POLICIES = {
@@ -79,6 +82,34 @@ def test_importance_is_that_of_the_scorer_not_the_rank_among_different_tokens():
     assert held[1].ranked_in == 0 and torch.equal(held[1].importance, held[0].importance)
     assert torch.equal(held[1].index, held[0].index)
     assert not torch.equal(held[3].importance, held[0].importance)
+
+
+def test_phases_are_entered_and_left_in_turn():
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    told = []
+
+    @contextmanager
+    def phase(name):
+        told.append(f"{name} begins")
+        yield
+        told.append(f"{name} ends")
+
+    with torch.no_grad(), attach(model, make_selectors(), KEEP) as attachment:
+        expected = model(**inputs).logits
+        attachment.phase = phase
+        output = model(**inputs)
+        assert torch.equal(output.logits, expected)
+        begun = [line.removesuffix(" begins") for line in told[::2]]
+        assert told == [f"{name} {what}" for name in begun for what in ("begins", "ends")]
+        layers = " ".join(begun).split("layer")
+        # The first keeps all, the third has nothing to rank.
+        assert ["merge" in after for after in layers[1:]] == [False, True, True, True]
+        assert ["score" in before for before in layers[:-1]] == [False, True, False, True]
+        assert ["select" in before for before in layers[:-1]] == [False, True, True, True]
+        told.clear()
+        model(input_ids=torch.tensor([[5, 6]]), **going_on(output))
+        assert told == []
 
 
 def test_nothing_runs_compiled_while_someone_watches():

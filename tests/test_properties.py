@@ -216,11 +216,22 @@ def test_metadata_with_other_values_load_or_are_refused(data: Any) -> None:
 
 # Data.
 
+# With halves of characters, as JSON can have them.
+_any_text = st.text(st.characters(exclude_categories=()), max_size=8)
+_turn = st.fixed_dictionaries(
+    {
+        "from": st.sampled_from(["human", "gpt"]) | _values,
+        "value": st.sampled_from(["<image>\nwhat?", "this"]) | _any_text | _values,
+    }
+)
 _record = st.dictionaries(
-    st.sampled_from(["image", "images", "question", "conversations", "answer", "id", "kind", "x"]),
+    st.sampled_from(["image", "images", "question", "conversations", "answer", "id", "kind"])
+    | _any_text,
     _values
+    | _any_text
     | st.just("a.png")
     | st.just("../a.png")
+    | st.lists(_turn | _values, max_size=4)
     | st.just([{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "this"}]),
 )
 
@@ -240,7 +251,8 @@ def test_records_are_read_or_skipped_by_name(records: list[Any], ending: str) ->
         for sample in samples:
             sample.prompt.encode()
             assert sample.images and sample.prompt.strip()
-        assert all(line.startswith(path.name) for line in reader.skipped)
+            assert all(answer.strip() and answer.encode() for answer in sample.answers)
+        assert all(line.startswith(path.name) and "\n" not in line for line in reader.skipped)
 
 
 @given(st.text(), st.sampled_from([".json", ".jsonl", ".csv"]))
