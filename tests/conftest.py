@@ -5,6 +5,7 @@ and input of the engine's tests on a GPU."""
 
 import math
 import os
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -35,3 +36,24 @@ _ALWAYS = settings(deadline=None, database=None, suppress_health_check=list(Heal
 settings.register_profile("ci", _ALWAYS, max_examples=25, derandomize=True)
 settings.register_profile("long", _ALWAYS, max_examples=500)
 settings.load_profile("ci")
+
+
+_COUNTED: dict[tuple[object, ...], Any] = {}
+
+
+@pytest.fixture
+def counted_once(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[object, ...], Any]:
+    """`alvts bench` counts the launches of a model, a policy and a prompt once a process, not in
+    every run: that takes seconds, and gives the same numbers. The dict holds what was counted."""
+    from alvts_cli.bench import measure
+
+    count = measure.count_launches
+
+    def remembered(config: Any, *more: Any) -> Any:
+        key = (config.to_json_string(use_diff=False), config._attn_implementation, *more)
+        if key not in _COUNTED:
+            _COUNTED[key] = count(config, *more)
+        return _COUNTED[key]
+
+    monkeypatch.setattr(measure, "count_launches", remembered)
+    return _COUNTED

@@ -31,6 +31,7 @@ from ..engine import Policy, attach
 from ..engine.calls import going_on
 from ..engine.masks import mask_style
 from ..families import family_of
+from ..shapes import cut_tower
 from .selectors import random_selectors
 
 KEEP = 1 / 9
@@ -122,7 +123,9 @@ def count_launches(
     with _fake_device():
         model = _fake_model(config, dtype, device)
         selectors = random_selectors(model)
-        dense = _run(model, prompts, nullcontext)
+        # Two layers tell: what a first one does beside the others', and what all do.
+        with _cut(model, 2):
+            dense = _run(model, prompts, nullcontext)
 
         def selecting(keep: Sequence[float], every: int) -> "_Log":
             changed = replace(policy, every=every)
@@ -224,6 +227,9 @@ def _fake_model(config: Any, dtype: torch.dtype, device: str) -> _Shell:
     text.num_hidden_layers = 7
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = (text.layer_types * 7)[:7]
+    if hasattr(config.vision_config, "depth") or hasattr(config.vision_config, "num_hidden_layers"):
+        # The tower is thrown away, and building it takes longer than the decoder.
+        cut_tower(config, 1)
     if mask_style(config._attn_implementation or "sdpa") == "flash":
         config._attn_implementation = "sdpa"
     with torch.device("meta"):
@@ -242,6 +248,18 @@ def _fake_model(config: Any, dtype: torch.dtype, device: str) -> _Shell:
     if hasattr(config.vision_config, "deepstack_visual_indexes"):
         config.vision_config.deepstack_visual_indexes = []
     return _Shell(config, decoder, dtype).eval()
+
+
+@contextmanager
+def _cut(model: _Shell, layers: int) -> Iterator[None]:
+    """The decoder without its later layers."""
+    decoder: Any = family_of(model).text_model(model)
+    whole, depth = decoder.layers, decoder.config.num_hidden_layers
+    decoder.layers, decoder.config.num_hidden_layers = whole[:layers], layers
+    try:
+        yield
+    finally:
+        decoder.layers, decoder.config.num_hidden_layers = whole, depth
 
 
 def _run(

@@ -64,14 +64,14 @@ def plan(
         from ..plan.describe import describe_named
         from ..plan.machine import device_here, measure_machine
 
-        case = make_case(describe_named(model, device_here()), asked)
+        case = make_case(describe_named(model, policy, device_here()), asked)
         machine = measure_machine()
     else:
         machine, shape = card(on), known_shape(model)
         if shape is None:
             from ..plan.describe import describe_named
 
-            shape = describe_named(model)
+            shape = describe_named(model, policy)
         case = make_case(shape, asked)
     predictions = [predict(replace(case, batch=batch), machine) for batch in BATCHES]
     # What goes to standard output is JSON alone where that is asked for.

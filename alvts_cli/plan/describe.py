@@ -24,7 +24,7 @@ from ..bench.inputs import synthetic_inputs, usual_visual_tokens
 from ..bench.launches import KEEP, TEXT, VISUAL, Prompts, count_launches
 from ..engine.flops import head_size, mlp_of
 from ..engine.keep import Keep
-from ..engine.policy import NAMED, Policy
+from ..engine.policy import NAMED, Policy, parse_policy
 from ..errors import AlvtsError
 from ..families import family_of
 from ..files import write_whole
@@ -93,18 +93,21 @@ def describe(
     )
 
 
-def describe_named(name: str, device: str = "cuda") -> Shape:
+def describe_named(name: str, policy: str, device: str = "cuda") -> Shape:
     """`describe` for a model by its name, hub id or folder; only its config is read.
 
     Args:
         name: the names of known models need nothing on this machine.
+        policy: the only one to count the launches of, by its name: each takes seconds.
         device: as `describe` has it.
 
     Raises:
-        AlvtsError: no such model, a config that is not on this machine, or an unknown architecture.
+        AlvtsError: an unknown policy, no such model, a config that is not on this machine, or an
+            unknown architecture.
     """
+    policies = {policy: parse_policy(policy)}
     if name in SHAPES:
-        return describe(name, shape_config(name), device=device)
+        return describe(name, shape_config(name), policies, device)
 
     from transformers import AutoConfig
 
@@ -118,7 +121,7 @@ def describe_named(name: str, device: str = "cuda") -> Shape:
             "folder that it is in"
         ) from None
     family_of(config)
-    return describe(name, config, device=device)
+    return describe(name, config, policies, device)
 
 
 def _counts(config: Any, policy: Policy, device: str) -> Counts:
