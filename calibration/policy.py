@@ -101,9 +101,7 @@ def pick(trials: Sequence[Trial]) -> tuple[Picked, ...]:
 def _best(those: Sequence[Trial], trials: Sequence[Trial]) -> Trial:
     """Of `those`, which keep as many tokens, the first that is as good as the best of those that
     are worth their time."""
-    behind = [
-        _times_as_much(one.loss, _least_in(_SAME_TIME * _time(one), trials)) for one in those
-    ]
+    behind = [_times_as_much(one.loss, _least_in(_SAME_TIME * _time(one), trials)) for one in those]
     # Where none is worth its time, those that are nearest to it.
     most = _AS_GOOD[0] * max(1.0, min(behind))
     left = [one for one, by in zip(those, behind, strict=True) if by <= most]
