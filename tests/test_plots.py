@@ -123,6 +123,17 @@ def test_what_eval_timed_has_a_panel_of_its_own(drawn, tmp_path):
     assert names == ["alvts", "dense", "grey picture"]
 
 
+def test_a_method_has_one_colour_in_all_panels(drawn, tmp_path):
+    """Though one before it was not timed, and is missing in the second."""
+    timed = dict(prefill_speedup=2.0, prefill_speedup_low=1.0, prefill_speedup_high=3.0)
+    rows = [row("dart", "0.5", 90, 80), {**row("alvts", "0.5", 100, 99), **timed}]
+    plot_answers([evaluated(*rows)], tmp_path / "x.png")
+    (by_tokens, _, first), (by_speed, _, second) = drawn
+    assert [*by_tokens] == ["dart", "alvts"] and [*by_speed] == ["alvts"]
+    colours = [axes.containers[i].lines[0].get_color() for axes, i in ((first, 1), (second, 0))]
+    assert colours[0] == colours[1] != first.containers[0].lines[0].get_color()
+
+
 def test_speed_against_the_layer_average(drawn, tmp_path):
     plot_speed(BENCHES, [], tmp_path / "x.svg")
     ((lines, names, _),) = drawn

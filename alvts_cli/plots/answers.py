@@ -80,8 +80,7 @@ def _panel(axes: Any, parts: Sequence[Data], timed: bool) -> None:
                 points.append(Point(row["prefill_speedup"], kept, (low, high), ends))
             else:
                 points.append(Point(100 * row["tokens"] / tokens, kept, y_ends=ends))
-        if points:
-            lines.append(Line(method, points, method == "alvts"))
+        lines.append(Line(method, points, method == "alvts"))
     if timed:
         axes.set_xlabel("prefill of the language model, times as fast as dense")
     else:

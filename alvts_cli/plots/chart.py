@@ -136,13 +136,16 @@ def draw_lines(axes: "Axes", lines: Sequence[Line]) -> list[Name]:
 
     Args:
         axes: to draw on.
-        lines: the first ones get the most distinct colours.
+        lines: the first ones get the most distinct colours. One without points is not drawn, but
+            has its colour all the same, so that panels agree.
 
     Returns:
         Their names, for `write_names`.
     """
     names = []
     for i, line in enumerate(sorted(lines, key=lambda line: line.quiet)):
+        if not line.points:
+            continue
         colour = QUIET if line.quiet else COLOURS[i % len(COLOURS)]
         xs, ys = [p.x for p in line.points], [p.y for p in line.points]
         axes.errorbar(
