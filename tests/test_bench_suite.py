@@ -30,7 +30,7 @@ def quick(monkeypatch):
     """A machine that is measured in no time."""
     monkeypatch.setattr(machine, "_LEAST", 1e-3)
     monkeypatch.setattr(machine, "_HELD", 2**22)
-    monkeypatch.setattr(machine, "WIDTH", 256)
+    monkeypatch.setattr(machine, "WIDTHS", (256,))
     monkeypatch.setattr(machine, "ROWS", (1, 64))
     monkeypatch.setattr(machine, "LENGTHS", (64,))
     monkeypatch.setattr(machine, "LAYER_WIDTH", 128)
