@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import CACHE, FAMILIES, make_inputs, make_model, make_selectors, one_image
+from transformers import DynamicCache
 
 import alvts_cli
 from alvts_cli.engine import calls
@@ -106,6 +107,17 @@ def test_hidden_states_by_keyword() -> None:
 def test_without_a_cache_nothing_is_refused() -> None:
     out = call(lambda kwargs: None, use_cache=False)
     assert calls.cache_of(out) is None
+
+
+def test_the_cache_goes_on_by_its_first_name() -> None:
+    """5.24 knows both, and warns of the old one."""
+    new, old = calls.CACHE_NAMES
+    cache = DynamicCache()
+    for output in ({new: cache}, {new: cache, old: cache}):
+        assert calls.going_on(output) == {new: cache}
+    for output in ({old: cache}, {new: None, old: cache}):
+        assert calls.going_on(output) == {old: cache}
+    assert calls.going_on({"logits": 1, new: None}) == {}
 
 
 def test_a_newer_transformers_is_said_once_per_attachment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,16 @@ def test_text_alone_is_chosen_once_a_device():
     assert forward._text_alone(3) is not choice
 
 
+def test_a_layout_is_made_once_a_device():
+    """Of samples of several lengths; otherwise there is nothing on a device in it."""
+    plan = planned("tvvtvvvt", "..tvvvvt", keep=(0.5, 0.5, 0.5))
+    forward = Forward(plan, None, Pieces(), "sdpa")
+    layout = forward._layout(0)
+    assert layout.valid is not None and forward._layout(1) is layout
+    plan.move(torch.device("meta"))
+    assert forward._layout(2) is not layout
+
+
 @every_policy
 def test_images_are_not_compared_with_each_other(policy):
     model = make_model("llava")
