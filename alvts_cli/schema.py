@@ -74,6 +74,7 @@ def check(
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
+        # Not the names that our classes have: they tell a user nothing.
         why = first["msg"].removeprefix("Value error, ").partition(" or instance of ")[0]
         about = f"{where!r}: {why}" if where else why
         raise AlvtsError(f"{what} is not valid: {about[:200]}") from None

@@ -541,10 +541,13 @@ def shape_config(name: str, layers: int | None = None, hidden_size: int | None =
 
 
 def cut_tower(config: Any, layers: int) -> None:
-    """Cut the vision tower of `config` to its first layers, or leave it where it has no more."""
+    """Cut the vision tower of `config` to its first layers, or leave it where it has no more, or
+    does not say how many."""
     vision = config.vision_config
-    name = "depth" if hasattr(vision, "depth") else "num_hidden_layers"
-    setattr(vision, name, min(layers, getattr(vision, name)))
+    for name in ("depth", "num_hidden_layers"):
+        if hasattr(vision, name):
+            setattr(vision, name, min(layers, getattr(vision, name)))
+            return
 
 
 def _narrow(name: str, config: Any, hidden_size: int) -> None:

@@ -4,8 +4,8 @@ Every candidate is tried at every one of `RATIOS` on samples that nothing was fi
 prefill is timed on the machine at hand. A candidate is out at a ratio where another one, on more
 tokens, keeps more of the answers **in the same time**; of the others, the one with the lowest loss
 is picked, or the cheapest of those that are as good. So what alvts does to a model it was
-calibrated on is never worse, on those samples, than the paper's own way in that time. What was
-measured, and what was tried and is no candidate, stands in the README of this folder.
+calibrated on is not clearly worse, on those samples, than the paper's own way in that time. What
+was measured, and what was tried and is no candidate, stands in the README of this folder.
 """
 
 import math
@@ -45,9 +45,9 @@ _AS_GOOD = 1.25, 0.001
 test questions, less than the cheaper choice once."""
 
 _SAME_TIME = 0.95
-"""Of a candidate's time is what another one has to do it in: timings of the same work were that far
-apart (pocket, 11 rounds, two idle cores), and between few tokens and fewer a small model's prefill
-hardly gets faster, so that chance would pick."""
+"""Of a candidate's time is what another one has to do it in: timings of the same work were 2 to
+10 % apart (two exponents of importance, pocket, 11 rounds, two idle cores), and between few tokens
+and fewer a small model's prefill hardly gets faster, so that chance would pick."""
 
 
 def prefills(samples: int) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alvts_cli.bench.timing import generate
+from alvts_cli.bench.timing import generate, in_turns
 from alvts_cli.engine import Policy, Selectors, attach
 from alvts_cli.spread import Group
 
@@ -36,8 +36,7 @@ def time_policies(
     """Time of the language model's prefill under every choice, the dense one's being 1.
 
     In every round the dense model and all choices take their turn on the same prompt, another one
-    each round, and in another order, so that nobody always comes first; the median over rounds
-    counts.
+    each round; the median over rounds counts.
 
     Args:
         model: of a known family.
@@ -48,23 +47,21 @@ def time_policies(
         group: of processes; the first one's times are those of all.
     """
     every: list[Choice | None] = [None, *choices]
-    together = TOGETHER if model.device.type == "cuda" else 1
-    shares: dict[Choice, list[float]] = {choice: [] for choice in choices}
-    for number in range(ROUNDS + 1):
-        prompt = samples[number % len(samples)].inputs
-        if number == 0:
-            together = _fitting(model, prompt, together)
-        inputs = _repeated(prompt, together)
-        taken = {}
-        shift = number % len(every)
-        for choice in every[shift:] + every[:shift]:
-            with _attached(model, selectors, choice):
-                taken[choice] = generate(model, inputs, 1).prefill_ms
-            on_turn()
+    most = TOGETHER if model.device.type == "cuda" else 1
+    together = _fitting(model, samples[0].inputs, most)
+    taken: dict[Choice | None, list[float]] = {choice: [] for choice in every}
+    for number, choice in in_turns(every, ROUNDS):
+        inputs = _repeated(samples[number % len(samples)].inputs, together)
+        with _attached(model, selectors, choice):
+            spent = generate(model, inputs, 1).prefill_ms
         if number:
-            for choice, times in shares.items():
-                times.append(taken[choice] / taken[None])
-    found = {choice: median(times) for choice, times in shares.items()}
+            taken[choice].append(spent)
+        on_turn()
+    # Round by round: what slows the machine down for a while does so to all.
+    found = {
+        choice: median(own / dense for own, dense in zip(taken[choice], taken[None], strict=True))
+        for choice in choices
+    }
     return (group or Group()).gather([found])[0]
 
 

@@ -227,9 +227,8 @@ def _fake_model(config: Any, dtype: torch.dtype, device: str) -> _Shell:
     text.num_hidden_layers = 7
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = (text.layer_types * 7)[:7]
-    if hasattr(config.vision_config, "depth") or hasattr(config.vision_config, "num_hidden_layers"):
-        # The tower is thrown away, and building it takes longer than the decoder.
-        cut_tower(config, 1)
+    # It is thrown away, and building it takes longer than the decoder.
+    cut_tower(config, 1)
     if mask_style(config._attn_implementation or "sdpa") == "flash":
         config._attn_implementation = "sdpa"
     with torch.device("meta"):

@@ -1,10 +1,10 @@
 """One greedy generation, with its phases timed where they happen."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 from ..engine import Attachment, cache_of, kv_bytes
 from ..families import family_of
 from ..prompts import padding_token
+
+Name = TypeVar("Name")
 
 VISION = ("vision_tower", "visual", "vision_model", "image_tower", "video_tower")
 """What the encoders of images are called, in one family or another."""
@@ -92,6 +94,22 @@ def generate(
         phase_ms={name: watch.total(name) for name in PHASES} if attachment else {},
         kv_bytes=watch.kv_bytes,
     )
+
+
+def in_turns(names: Sequence[Name], rounds: int) -> Iterator[tuple[int, Name]]:
+    """All names in each round, another one first every time, so that nobody always is.
+
+    Args:
+        names: of what is timed.
+        rounds: that count; round 0 comes before them, to warm up.
+
+    Yields:
+        The number of the round, and whose turn it is.
+    """
+    for number in range(rounds + 1):
+        shift = number % len(names)
+        for name in (*names[shift:], *names[:shift]):
+            yield number, name
 
 
 def synchronize(device: torch.device) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..bench.statistics import ratio
-from ..bench.timing import generate
+from ..bench.timing import generate, in_turns
 from ..methods.base import Method
 from .data import DataSet, Item
 from .figures import Summary
@@ -24,8 +24,8 @@ def time_prefills(
 ) -> dict[str, tuple[float, float, float]]:
     """How many times faster than dense the language model's prefill is, batch of one.
 
-    In every round dense and all runs take their turn on the same question, another one each round,
-    and in another order, so that nobody always comes first. What a method does to choose is in its
+    In every round dense and all runs take their turn on the same question, another one each round.
+    What a method does to choose is in its
     time: on a small model, on this machine, it may be most of it.
 
     Args:
@@ -38,15 +38,12 @@ def time_prefills(
     """
     by_label = {run.label: made for run, made in plan.runs.items()}
     times: dict[str, list[float]] = {label: [] for label in (DENSE, *by_label)}
-    labels = list(times)
-    for number in range(ROUNDS + 1):
+    for number, label in in_turns(list(times), ROUNDS):
         item = data.items[number % len(data.items)]
-        shift = number % len(labels)
-        for label in labels[shift:] + labels[:shift]:
-            taken = _prefill(plan, data, item, by_label.get(label))
-            if number:
-                times[label].append(taken)
-            advance()
+        taken = _prefill(plan, data, item, by_label.get(label))
+        if number:
+            times[label].append(taken)
+        advance()
     return {label: ratio(times[DENSE], own) for label, own in times.items() if label != DENSE}
 
 
