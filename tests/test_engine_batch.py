@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from alvts_cli import attach
 from alvts_cli.engine import cache_of
+from alvts_cli.engine.calls import going_on
 
 OPTIONS = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
 
@@ -133,6 +134,34 @@ def test_a_padded_cache_filled_before_attaching():
                 model(texts[b : b + 1, skip:], **{CACHE: alone})
                 expected = model(ids[:1], pixel_values=pixels[:1], **{CACHE: alone})
                 torch.testing.assert_close(got.logits[b], expected.logits[0], rtol=1e-4, atol=1e-4)
+
+
+def test_padding_of_a_turn_of_words_stays_unseen_behind_an_image():
+    """A layer that ran whole in the first turn, and so by the model's own mask, selects later."""
+    model = make_model("llava")
+    image = make_inputs(model, one_image("llava"))
+    texts = torch.tensor([[0, 0, 1, 20], [1, 21, 22, 23]])
+    mask = (texts != 0).long()
+    ids = image["input_ids"]
+    full = torch.cat([mask, torch.ones_like(ids).expand(2, -1)], dim=1)
+    places = full.cumsum(1) - 1
+    pixels = image["pixel_values"]
+    with torch.no_grad(), attach(model, make_selectors(), 0.25):
+        first = model(
+            texts, attention_mask=mask, position_ids=places[:, :4].clamp(min=0), use_cache=True
+        )
+        got = model(
+            ids.expand(2, -1),
+            pixel_values=pixels.repeat(2, 1, 1, 1),
+            attention_mask=full,
+            position_ids=places[:, 4:],
+            use_cache=True,
+            **going_on(first),
+        )
+        for b, skip in ((0, 2), (1, 0)):
+            alone = model(texts[b : b + 1, skip:], use_cache=True)
+            expected = model(ids, pixel_values=pixels, use_cache=True, **going_on(alone))
+            torch.testing.assert_close(got.logits[b], expected.logits[0], rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_runs_and_is_finite():

@@ -142,6 +142,20 @@ def test_batch_equals_singles(policy):
             assert together[b, longest:].tolist()[:2] == alone[0, length:].tolist()[:2]
 
 
+def test_where_a_small_image_keeps_nothing_no_text_stands_for_it():
+    """As schedules can have it: in one layer, of a batch, a large image still keeps a token."""
+    model = make_model("qwen2_5_vl")
+    schedules = ((0.5, 0.5, 0.5, 0.0), (1.0, 1.0, 1.0, 0.2))
+    selectors = make_selectors("qwen2_5_vl", schedules=schedules)
+    samples = [Prompt([1, 5, 9, 12], [(16, 16)], seed=1), Prompt([1, 5, 9, 33], [(32, 48)], seed=2)]
+    policy = Policy(every=0, quality=0.3, mass=True)
+    with torch.no_grad(), attach(model, selectors, 0.5, policy=policy) as attachment:
+        whole = fresh(model)(**make_inputs(model, *samples)).logits[0]
+        assert attachment.last.kept[-1] == (0, 1)
+        alone = fresh(model)(**make_inputs(model, samples[0])).logits[0]
+    torch.testing.assert_close(whole[-len(alone) :], alone, rtol=1e-4, atol=1e-4)
+
+
 @every_policy
 def test_a_second_image_in_a_later_turn(policy):
     model = make_model("llava")
