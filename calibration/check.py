@@ -15,6 +15,7 @@ from alvts_cli.errors import AlvtsError
 from alvts_cli.evaluate.bootstrap import Bootstrap, Interval
 from alvts_cli.families import family_of
 from alvts_cli.families.placing import input_device
+from alvts_cli.families.vision import seen_once
 from alvts_cli.header import Trial
 from alvts_cli.prompts import build_inputs
 from alvts_cli.spread import Group
@@ -163,11 +164,12 @@ def check(
         raise AlvtsError(f"only {count} usable samples, at least {FEWEST} are needed{why}")
     resampled = Bootstrap(count, seed=0)
     held = []
-    for trial in then:
-        every = each_kept(model, artifact, trial.keep, trial.policy, answers, group)
-        loss, same = (np.array(values, dtype=float) for values in zip(*every, strict=True))
-        now = resampled.mean(same), resampled.mean(loss)
-        held.append(Held(trial, measured_then(artifact), *now, count))
+    with seen_once(model):
+        for trial in then:
+            every = each_kept(model, artifact, trial.keep, trial.policy, answers, group)
+            loss, same = (np.array(values, dtype=float) for values in zip(*every, strict=True))
+            now = resampled.mean(same), resampled.mean(loss)
+            held.append(Held(trial, measured_then(artifact), *now, count))
     data = samples.description if isinstance(samples, Reader) else "samples given in memory"
     return Check(artifact.other_weights, data, record.data, tuple(held))
 

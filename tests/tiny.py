@@ -51,9 +51,12 @@ _TEXT: dict[str, Any] = dict(
 )
 
 
-def make_model(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32) -> Any:
+def make_model(
+    family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float32, layers: int = LAYERS
+) -> Any:
     """A model in eval mode with the same random weights at every call."""
     torch.manual_seed(0)
+    described = _TEXT | {"num_hidden_layers": layers}
     vision = CLIPVisionConfig(
         hidden_size=16,
         intermediate_size=24,
@@ -64,15 +67,15 @@ def make_model(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float
     )
     special = dict(image_token_id=IMAGE, tie_word_embeddings=False)
     if family == "llava":
-        text = LlamaConfig(**_TEXT)
+        text = LlamaConfig(**described)
         model = LlavaForConditionalGeneration(
             LlavaConfig(vision_config=vision, text_config=text, **special)
         )
     elif family in ("llava_next", "llava_next_mistral"):
         text = (
-            LlamaConfig(**_TEXT)
+            LlamaConfig(**described)
             if family == "llava_next"
-            else MistralConfig(**_TEXT, head_dim=HEAD_SIZES[family], sliding_window=None)
+            else MistralConfig(**described, head_dim=HEAD_SIZES[family], sliding_window=None)
         )
         model = LlavaNextForConditionalGeneration(
             LlavaNextConfig(
@@ -86,7 +89,7 @@ def make_model(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float
         model = Qwen2_5_VLForConditionalGeneration(
             Qwen2_5_VLConfig(
                 text_config=dict(
-                    **_TEXT,
+                    **described,
                     rope_parameters=dict(
                         rope_type="default", rope_theta=10000.0, mrope_section=[1, 1, 2]
                     ),
@@ -113,7 +116,7 @@ def make_model(family: str, attn: str = "sdpa", dtype: torch.dtype = torch.float
         model = Qwen3VLForConditionalGeneration(
             Qwen3VLConfig(
                 text_config=dict(
-                    **_TEXT,
+                    **described,
                     head_dim=8,
                     rope_parameters=dict(
                         rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1]
@@ -201,13 +204,17 @@ def random_selector(
 
 
 def make_selectors(
-    family: str = "llava", rank: int = 3, policy: Policy = PAPER, **more: Any
+    family: str = "llava",
+    rank: int = 3,
+    policy: Policy = PAPER,
+    layers: int = LAYERS,
+    **more: Any,
 ) -> Selectors:
     """Random selectors that rank tokens very differently from layer to layer; `policy` is what was
     picked for any keep ratio."""
     generator = torch.Generator(torch.get_default_device()).manual_seed(1)
     keys = _TEXT["num_key_value_heads"] * HEAD_SIZES.get(family, 8)
-    layers: list[Selector | None] = [
+    selectors: list[Selector | None] = [
         random_selector(
             generator,
             keys,
@@ -215,16 +222,16 @@ def make_selectors(
             rank=rank,
             norm=8 if family == "qwen3_vl" else 0,
         )
-        for _ in range(LAYERS)
+        for _ in range(layers)
     ]
     carries = []
     if policy.carry:
-        for _ in range(LAYERS):
+        for _ in range(layers):
             down, up = (
                 torch.randn(*shape, generator=generator) for shape in ((2, WIDTH), (WIDTH, 2))
             )
             carries.append(Carry(down * 0.2, up * 0.5, 1e-6))
-    return Selectors(layers, carries=carries, picked=[Picked(0.25, policy)], **more)
+    return Selectors(selectors, carries=carries, picked=[Picked(0.25, policy)], **more)
 
 
 def paper_selector(seed: int, rank: int = 3) -> PaperSelector:

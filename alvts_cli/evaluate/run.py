@@ -16,6 +16,7 @@ from torch import Tensor
 from ..engine import Prefill, Selection, prefill_flops
 from ..errors import AlvtsError
 from ..families import family_of
+from ..families.vision import seen_once
 from ..methods.base import Method
 from ..models import Loaded
 from ..prompts import build_inputs
@@ -119,7 +120,8 @@ def evaluate(
         items = data.items[start : start + plan.batch]
         saved = _unpack(store.load(number), labels, len(items))
         if saved is None:
-            saved = _batch(plan, data, items, lambda: advance(1))
+            with seen_once(plan.loaded.model):
+                saved = _batch(plan, data, items, lambda: advance(1))
             store.save(number, [{k: vars(v) for k, v in one.items()} for one in saved])
         else:
             advance(len(labels))
