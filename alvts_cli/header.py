@@ -62,6 +62,8 @@ class Trial:
         same: share of the answers that are the dense model's own, token for token.
         time: of the language model's prefill on the machine that calibrated, the dense one's
             being 1; None in files from before 0.2, whose policies were picked by loss alone.
+        capped: the same mean as `loss`, with no sample's above `calibration.answers.CAP`: what
+            policies are picked by; None in files from before.
     """
 
     keep: float
@@ -69,6 +71,7 @@ class Trial:
     loss: float
     same: float
     time: Annotated[float, Field(gt=0)] | None = None
+    capped: Annotated[float, Field(ge=0)] | None = None
 
 
 @dataclass(frozen=True)

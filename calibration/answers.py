@@ -30,6 +30,11 @@ class Answered:
     dense: Tensor
 
 
+CAP = 1.0
+"""Nats, to which an answer's loss counts where policies are compared: a few large ones make the
+mean, and beyond this an answer is lost, however sure the model is of another one."""
+
+
 @dataclass(frozen=True)
 class Kept:
     """What is left of the answers.
@@ -38,10 +43,12 @@ class Kept:
         loss: KL of the answers' tokens to the dense model's, in nats, mean over tokens, then over
             samples.
         same: share of the answers that are the dense model's own, token for token.
+        capped: the mean over samples with none above `CAP`.
     """
 
     loss: float
     same: float
+    capped: float
 
 
 @torch.no_grad()
@@ -84,7 +91,7 @@ def kept_answers(
     arguments and errors these are."""
     every = each_kept(model, selectors, keep, policy, samples, group)
     loss, same = (sum(values) / len(every) for values in zip(*every, strict=True))
-    return Kept(loss, same)
+    return Kept(loss, same, sum(min(loss, CAP) for loss, _ in every) / len(every))
 
 
 @torch.no_grad()

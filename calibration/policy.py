@@ -3,9 +3,10 @@
 Every candidate is tried at every one of `RATIOS` on samples that nothing was fitted on, and its
 prefill is timed on the machine at hand. A candidate is out at a ratio where another one, on more
 tokens, keeps more of the answers **in the same time**; of the others, the one with the lowest loss
-is picked, or the cheapest of those that are as good. So what alvts does to a model it was
-calibrated on is not clearly worse, on those samples, than the paper's own way in that time. What
-was measured, and what was tried and is no candidate, stands in the README of this folder.
+(an answer's counts up to `answers.CAP`) is picked, or the cheapest of those that are as good. So
+what alvts does to a model it was calibrated on is not clearly worse, on those samples, than the
+paper's own way in that time. What was measured, and what was tried and is no candidate, stands in
+the README of this folder.
 """
 
 import math
@@ -15,6 +16,7 @@ from itertools import pairwise
 from typing import Any
 
 from alvts_cli.engine import NAMED, PAPER, Picked, Selectors
+from alvts_cli.families.vision import seen_once
 from alvts_cli.header import Trial
 from alvts_cli.spread import Group
 
@@ -79,10 +81,12 @@ def try_policies(
     """
     times = time_policies(model, selectors, _CHOICES, samples, on_step, group)
     trials = []
-    for keep, policy in _CHOICES:
-        kept = kept_answers(model, selectors, keep, policy, samples, group)
-        trials.append(Trial(keep, policy, kept.loss, kept.same, times[keep, policy]))
-        on_step()
+    with seen_once(model):
+        for keep, policy in _CHOICES:
+            kept = kept_answers(model, selectors, keep, policy, samples, group)
+            time = times[keep, policy]
+            trials.append(Trial(keep, policy, kept.loss, kept.same, time, kept.capped))
+            on_step()
     return tuple(trials)
 
 
@@ -101,12 +105,14 @@ def pick(trials: Sequence[Trial]) -> tuple[Picked, ...]:
 def _best(those: Sequence[Trial], trials: Sequence[Trial]) -> Trial:
     """Of `those`, which keep as many tokens, the first that is as good as the best of those that
     are worth their time."""
-    behind = [_times_as_much(one.loss, _least_in(_SAME_TIME * _time(one), trials)) for one in those]
+    behind = [
+        _times_as_much(_loss(one), _least_in(_SAME_TIME * _time(one), trials)) for one in those
+    ]
     # Where none is worth its time, those that are nearest to it.
     most = _AS_GOOD[0] * max(1.0, min(behind))
     left = [one for one, by in zip(those, behind, strict=True) if by <= most]
-    least = min(one.loss for one in left)
-    return next(one for one in left if _times_as_much(one.loss, least) <= _AS_GOOD[0])
+    least = min(_loss(one) for one in left)
+    return next(one for one in left if _times_as_much(_loss(one), least) <= _AS_GOOD[0])
 
 
 def _times_as_much(loss: float, least: float) -> float:
@@ -122,9 +128,14 @@ def _least_in(time: float, trials: Sequence[Trial]) -> float:
     """
     least = math.inf
     for policy in {one.policy for one in trials}:
-        points = [(_time(one), one.loss) for one in trials if one.policy == policy]
+        points = [(_time(one), _loss(one)) for one in trials if one.policy == policy]
         least = min(least, _loss_at(time, sorted([*points, (1.0, 0.0)])))
     return least
+
+
+def _loss(trial: Trial) -> float:
+    assert trial.capped is not None, "only files from before have none"
+    return trial.capped
 
 
 def _time(trial: Trial) -> float:

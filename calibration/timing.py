@@ -10,6 +10,7 @@ from torch import Tensor
 
 from alvts_cli.bench.timing import generate, in_turns
 from alvts_cli.engine import Policy, Selectors, attach
+from alvts_cli.families.vision import seen_once
 from alvts_cli.spread import Group
 
 from .answers import Answered
@@ -49,14 +50,18 @@ def time_policies(
     every: list[Choice | None] = [None, *choices]
     most = TOGETHER if model.device.type == "cuda" else 1
     together = _fitting(model, samples[0].inputs, most)
+    prompts = [
+        _repeated(samples[number % len(samples)].inputs, together) for number in range(ROUNDS + 1)
+    ]
     taken: dict[Choice | None, list[float]] = {choice: [] for choice in every}
-    for number, choice in in_turns(every, ROUNDS):
-        inputs = _repeated(samples[number % len(samples)].inputs, together)
-        with _attached(model, selectors, choice):
-            spent = generate(model, inputs, 1).prefill_ms
-        if number:
-            taken[choice].append(spent)
-        on_turn()
+    # The vision tower is not timed.
+    with seen_once(model):
+        for number, choice in in_turns(every, ROUNDS):
+            with _attached(model, selectors, choice):
+                spent = generate(model, prompts[number], 1).prefill_ms
+            if number:
+                taken[choice].append(spent)
+            on_turn()
     # Round by round: what slows the machine down for a while does so to all.
     found = {
         choice: median(own / dense for own, dense in zip(taken[choice], taken[None], strict=True))

@@ -86,7 +86,7 @@ def test_a_carry_of_full_rank_is_the_ridge_regression_of_the_update():
 
 
 def trial(keep: float, policy: Policy, loss: float, time: float = 0.5) -> Trial:
-    return Trial(keep, policy, loss, 0.5, time)
+    return Trial(keep, policy, 10 * loss, 0.5, time, loss)
 
 
 def test_the_cheapest_that_is_as_good_is_picked():

@@ -17,7 +17,6 @@ from alvts_cli import attach
 from alvts_cli.engine import Solved, cache_of, keep_of
 from alvts_cli.engine.scorer import SelectorScorer
 
-
 # A graph of few layers is traced in less time: one that begins, and one that goes on behind it.
 make_model = partial(tiny.make_model, layers=2)
 make_selectors = partial(tiny.make_selectors, layers=2)

@@ -34,6 +34,10 @@ class _Features:
         )
 
 
+def _away(leaf: Any) -> tuple[Any, torch.device | None]:
+    return (leaf.cpu(), leaf.device) if isinstance(leaf, Tensor) else (leaf, None)
+
+
 @contextmanager
 def seen_once(model: Any) -> Iterator[None]:
     """Within, the features of pictures are remembered, on the CPU.
@@ -61,7 +65,7 @@ def seen_once(model: Any) -> Iterator[None]:
         key = tuple(id(one) if isinstance(one, Tensor) else repr(one) for one in told)
         if key not in seen:
             leaves, form = tree_flatten(see(*args, **kwargs))
-            away = [(x.cpu(), x.device) if isinstance(x, Tensor) else (x, None) for x in leaves]
+            away = [_away(leaf) for leaf in leaves]
             seen[key] = _Features(told, away, form)
         return seen[key].back()
 
