@@ -5,6 +5,7 @@ and input of the engine's tests on a GPU."""
 
 import math
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,6 +31,22 @@ def same_times(monkeypatch: pytest.MonkeyPatch) -> None:
         "calibration.policy.time_policies",
         lambda model, selectors, choices, *_: {choice: choice[0] for choice in choices},
     )
+
+
+@pytest.fixture
+def quick_calibration(same_times: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what is around a calibration: ten steps a layer, three candidates, no times."""
+    from calibration import policy, sweep
+
+    align, chosen = sweep.align, [policy.CANDIDATES[i] for i in (0, 5, 8)]
+
+    def few_steps(factors: Any, *more: Any) -> Any:
+        projections, targets, settings, seed = more
+        few = replace(settings, steps=min(settings.steps, 10))
+        return align(factors, projections, targets, few, seed)
+
+    monkeypatch.setattr(sweep, "align", few_steps)
+    monkeypatch.setattr(policy, "_CHOICES", [(k, one) for k in policy.RATIOS for one in chosen])
 
 
 _ALWAYS = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck))

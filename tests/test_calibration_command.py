@@ -14,6 +14,8 @@ from PIL import Image
 
 from alvts_cli.artifact import load_artifact
 
+pytestmark = pytest.mark.usefixtures("quick_calibration")
+
 _KEPT: list[Any] = []
 
 
@@ -126,7 +128,6 @@ def test_numbers_out_of_range_are_refused(options: tuple[object, ...]) -> None:
     refused(*command(*options), code=2)
 
 
-@pytest.mark.usefixtures("same_times")
 def test_an_interrupted_run_goes_on_with_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,7 +166,6 @@ def test_interrupted_in_the_first_layer_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("same_times")
 def test_two_runs_for_one_file_do_not_mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second is refused at once; the first ends as if it had been alone."""
     alone, out = tmp_path / "alone", tmp_path / "out"

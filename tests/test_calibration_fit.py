@@ -26,6 +26,8 @@ from calibration.capture import advance, capture
 from calibration.initialise import initialise
 from calibration.sweep import _target
 
+pytestmark = pytest.mark.usefixtures("quick_calibration")
+
 
 def projections(model: Any, layer: int = 0) -> QueryKey:
     family = family_of(model)
@@ -172,7 +174,6 @@ def test_what_is_measured_is_what_runs() -> None:
     assert artifact.calibration.layers[0].recall_after == pytest.approx(mean, abs=1e-6)
 
 
-@pytest.mark.usefixtures("same_times")
 def test_the_same_seed_is_the_same_file(tmp_path: Path) -> None:
     for name in ("a", "b"):
         fit(make_small(), tmp_path / name)
@@ -187,7 +188,6 @@ class Crash(BaseException):
     """As sudden as Ctrl-C."""
 
 
-@pytest.mark.usefixtures("same_times")
 @pytest.mark.parametrize("last", range(LAYERS))
 def test_a_resumed_run_gives_the_uninterrupted_file(last: int, tmp_path: Path) -> None:
     model = make_small()

@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
 from cli_tools import alvts, model_folder, refused, scene_file
 
 from alvts_cli import shapes
@@ -15,6 +16,7 @@ from alvts_cli.bench.metrics import METRICS
 from alvts_cli.bench.short import shortened
 from alvts_cli.bench.statistics import efficiency
 from alvts_cli.engine.flops import head_size
+from alvts_cli.models import usual_dtype
 
 pytestmark = pytest.mark.usefixtures("counted_once")
 
@@ -424,14 +426,12 @@ def test_random_weights_of_every_family(name, visual, tmp_path, monkeypatch):
 def test_one_layer_of_the_true_shape(tmp_path):
     path = tmp_path / "a.json"
     more = ("--layers", 1, "--visual-tokens", 16, "--text-tokens", 8, "--keep", 4, "--json", path)
-    result = alvts(
-        *("bench", "--model", "qwen2.5-vl-3b", "--random-weights", "--dtype", "bfloat16"),
-        *("--runs", 1, *more),
-    )
+    result = alvts("bench", "--model", "qwen2.5-vl-3b", "--random-weights", "--runs", 1, *more)
     assert result.exit_code == 0, result.output
     figures = json.loads(path.read_text())["metrics"]
-    # 2 heads of 128 numbers, keys and values, two bytes each.
-    assert figures["kv_bytes"] == 2 * 2 * 128 * 2 * (4 + 8)
+    size = usual_dtype(torch.device("cpu")).itemsize
+    # 2 heads of 128 numbers, keys and values.
+    assert figures["kv_bytes"] == 2 * 2 * 128 * size * (4 + 8)
 
 
 def test_what_does_not_fit_is_said_before_it_is_built(monkeypatch):

@@ -37,6 +37,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from ...errors import AlvtsError
+from ...models import cpu_computes_bfloat16
 from ..build import VISUAL_TOKENS, make_model
 from ..easy import EasyImage, load_easy
 from ..words import COLOR_WORDS, PATCH_GROUPS, PHRASE_GROUPS, make_tokenizer
@@ -197,11 +198,16 @@ class _Run:
                 examples.append(scene_example(index, QUESTIONS, 2, most))
         return examples
 
+    def _autocast(self) -> torch.autocast:
+        """Products in bfloat16, where this machine is faster at them."""
+        fast = cpu_computes_bfloat16()
+        return torch.autocast("cpu", torch.bfloat16, enabled=fast)
+
     def _loss(self, phase: Phase, examples: list[Example]) -> Tensor:
         labels = torch.stack([example.labels for example in examples])
         cells = torch.stack([example.cells for example in examples])
         language = self.model.model.language_model
-        with torch.autocast("cpu", torch.bfloat16):
+        with self._autocast():
             visual = encode(self.model, torch.stack([example.pixels for example in examples]))
         words = language.embed_tokens.weight
         speech = (
@@ -214,7 +220,7 @@ class _Run:
         segments = make_segments(examples, self.tokenizer)
         where = _visible(labels, phase.visible)
         seen = visual.gather(1, where[..., None].expand(-1, -1, visual.shape[-1]))
-        with torch.autocast("cpu", torch.bfloat16):
+        with self._autocast():
             logits, (found, judged) = packed_logits(
                 self.model, seen, where, segments.text, (FOUND, JUDGED)
             )

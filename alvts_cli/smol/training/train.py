@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from ...errors import AlvtsError
+from ...models import usual_dtype
 from ...pocket.easy import load_easy
 from ...pocket.questions import ask, describe
 from ...pocket.scenes import make_scene, render, seed_of
@@ -137,7 +138,7 @@ class _Run:
                 )
             start = load_file(folder / f"adapter-{self.step}.safetensors")
             moments = load_file(folder / f"moments-{self.step}.safetensors")
-        self.model = model.requires_grad_(False).bfloat16()
+        self.model = model.requires_grad_(False).to(usual_dtype(torch.device("cpu")))
         # In float32 before it is loaded, or a resumed run would go on from a rounded one.
         self.projector = model.model.multi_modal_projector.float().requires_grad_(True)
         load_projector(model, start)
@@ -196,8 +197,8 @@ class _Run:
         """Cross-entropy of the answers' tokens, and how many of them are the likeliest."""
         language = self.model.model.language_model
         with torch.no_grad():
-            tower = self.model.model.vision_tower(pixels.bfloat16()).last_hidden_state[:, 1:]
-        visual = self.projector(tower.float()).bfloat16()
+            tower = self.model.model.vision_tower(pixels.to(self.model.dtype))
+        visual = self.projector(tower.last_hidden_state[:, 1:].float()).to(self.model.dtype)
         head = self._ids("<|im_start|>user\n")
         ids, weights = zip(*map(self._conversation, texts), strict=True)
         longest = max(map(len, ids))
