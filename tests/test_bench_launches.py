@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from unittest.mock import patch
 
 import pytest
@@ -43,12 +44,12 @@ def test_a_dense_layer_is_what_it_is_made_of():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("policy", NAMED.values(), ids=NAMED)
 def test_nothing_in_a_layer_waits_or_is_copied(family, policy):
-    config = make_model(family).config
-    for prompts in (Prompts(), Prompts(3, 40, 12, ragged=True)):
-        counted = count_launches(config, policy, prompts, torch.float32)
-        assert (counted.host_syncs, counted.copies) == (0, 0)
-        # The numbers of tokens.
-        assert counted.host_syncs_once == 1
+    """Of a padded batch; of a prompt alone `test_no_more_than_it_was` says so."""
+    prompts = Prompts(3, 40, 12, ragged=True)
+    counted = count_launches(make_model(family).config, policy, prompts, torch.float32)
+    assert (counted.host_syncs, counted.copies) == (0, 0)
+    # The numbers of tokens.
+    assert counted.host_syncs_once == 1
 
 
 @pytest.mark.parametrize(
@@ -124,16 +125,16 @@ def test_what_layers_do(policy, adds_behind, expected):
     assert found == [names[letter] for letter in expected.split()]
 
 
-@pytest.mark.parametrize("adds_behind", [0, 2])
 @pytest.mark.parametrize(
     ("policy", "every"), [("paper", 1), ("paper", 3), ("once", 0), ("every-4", 3)]
 )
-def test_the_engine_launches_what_its_layers_do(policy, every, adds_behind):
+def test_the_engine_launches_what_its_layers_do(policy, every):
     """What layers do is said twice: here the engine that does it is counted whole."""
     config, policy = shape_config("qwen3-vl-8b"), replace(NAMED[policy], every=every)
     counted = count_launches(config, policy)
     # The first layer on text alone lays that out, for all.
-    for kept, text in (([64] * 7, 0), ([576, 64, 64, 0, 0, 64, 32], 4)):
+    kinds = ([64] * 7, 0), ([576, 64, 64, 0, 0, 64, 32], 4)
+    for adds_behind, (kept, text) in product((0, 2), kinds):
         with launches._fake_device():
             model = launches._fake_model(config, torch.bfloat16, "cuda")
             model.config.vision_config.deepstack_visual_indexes = [5] * adds_behind

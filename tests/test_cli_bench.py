@@ -411,7 +411,7 @@ def test_random_weights_of_every_family(name, visual, tmp_path, monkeypatch):
     monkeypatch.setitem(shapes.SHAPES, "small", _small(name))
     path = tmp_path / "a.json"
     more = ("--random-weights", "--layers", 2, "--runs", 1, "--json", path, "--keep", 64)
-    result = alvts("bench", "--model", "small", "--dtype", "bfloat16", *more)
+    result = alvts("bench", "--model", "small", *more)
     assert result.exit_code == 0, result.output
     assert "small needs about" in result.stderr and "is free" in result.stderr
     assert "random weights, cut to 2 layers" in " ".join(result.stdout.split())
@@ -419,19 +419,22 @@ def test_random_weights_of_every_family(name, visual, tmp_path, monkeypatch):
     assert report["metrics"]["visual_tokens"] == visual
     assert report["metrics"]["visual_tokens_kept"] == 64
     assert report["settings"]["layers"] == 2
-    assert report["settings"]["dtype"] == "bfloat16"
+    assert f"torch.{report['settings']['dtype']}" == str(usual_dtype(torch.device("cpu")))
     assert report["settings"]["selectors"] == "random"
 
 
-def test_one_layer_of_the_true_shape(tmp_path):
+def test_one_layer_of_the_true_shape(tmp_path, monkeypatch):
+    config = shapes.shape_config("smolvlm-256m")
+    shapes.cut_tower(config, 1)
+    monkeypatch.setitem(shapes.SHAPES, "smolvlm-256m", lambda: config)
     path = tmp_path / "a.json"
-    more = ("--layers", 1, "--visual-tokens", 16, "--text-tokens", 8, "--keep", 4, "--json", path)
-    result = alvts("bench", "--model", "qwen2.5-vl-3b", "--random-weights", "--runs", 1, *more)
+    more = ("--layers", 1, "--visual-tokens", 64, "--text-tokens", 8, "--keep", 4, "--json", path)
+    result = alvts("bench", "--model", "smolvlm-256m", "--random-weights", "--runs", 1, *more)
     assert result.exit_code == 0, result.output
     figures = json.loads(path.read_text())["metrics"]
     size = usual_dtype(torch.device("cpu")).itemsize
-    # 2 heads of 128 numbers, keys and values.
-    assert figures["kv_bytes"] == 2 * 2 * 128 * size * (4 + 8)
+    # 3 heads of 64 numbers, keys and values.
+    assert figures["kv_bytes"] == 2 * 3 * 64 * size * (4 + 8)
 
 
 def test_what_does_not_fit_is_said_before_it_is_built(monkeypatch):

@@ -31,6 +31,12 @@ def counter(monkeypatch):
     return counter
 
 
+@pytest.fixture
+def untraced(monkeypatch):
+    """For what is around compiling: nothing is."""
+    monkeypatch.setattr(torch, "compile", lambda f, **options: f)
+
+
 def bench(*more):
     # Tracing takes its time by the layer.
     return ("bench", "--model", model_folder(depth=2), "--keep", 0.25, "--runs", 2, *more)
@@ -57,13 +63,13 @@ def test_every_graph_once_and_the_same_counts(counter, tmp_path):
     assert "compiled" in result.stdout and "of it scoring" not in result.stdout
 
 
-def test_what_is_compiled_is_no_baseline_of_what_is_not(counter, tmp_path):
+def test_what_is_compiled_is_no_baseline_of_what_is_not(untraced, tmp_path):
     path = tmp_path / "a.json"
     assert alvts(*bench("--compile", "--json", path)).exit_code == 0
     assert "compiled=True" in refused(*bench("--baseline", path))
 
 
-def test_frozen_weights_are_told(counter, tmp_path):
+def test_frozen_weights_are_told(untraced, tmp_path):
     path = tmp_path / "a.json"
     with torch._inductor.config.patch(freezing=True):
         result = alvts(*bench("--compile", "--json", path))
@@ -104,7 +110,7 @@ def test_what_cannot_run_compiled_is_refused_before_anything_is_loaded(more):
     assert more[0] in line and "--compile" in line
 
 
-def test_a_gate_on_what_is_not_measured_fails(counter):
+def test_a_gate_on_what_is_not_measured_fails(untraced):
     result = alvts(*bench("--compile", "--gate", "scoring_ms<=1e9"))
     assert result.exit_code == 1
     assert "gate failed: scoring_ms" in result.output

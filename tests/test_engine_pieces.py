@@ -228,9 +228,9 @@ def test_a_choice_that_holds_is_made_once(every, rankings):
 
 
 def test_compiled_equals_eager():
-    model = make_model("llava")
+    model = make_model("llava", layers=3)
     inputs = make_inputs(model, one_image("llava"))
-    selectors = make_selectors(policy=POLICIES["every2"])
+    selectors = make_selectors(policy=POLICIES["every2"], layers=3)
     found = []
     for compile in (False, {"backend": "aot_eager"}):
         with torch.no_grad(), attach(model, selectors, 0.25, compile=compile):
