@@ -17,6 +17,9 @@ from alvts_cli.pocket.scenes import make_scene, render, seed_of
 
 torch.set_num_threads(1)
 
+DEPTH = 4
+"""Layers of the model, of 16 that pocket has: a command takes its time by the layer."""
+
 # Kept for the life of the process: removed with it.
 _FOLDER = tempfile.TemporaryDirectory(prefix="alvts-tests-")
 
@@ -39,7 +42,7 @@ def refused(*args: object, code: int = 1) -> str:
 
 
 @cache
-def model_folder(seed: int = 0, depth: int | None = None) -> Path:
+def model_folder(seed: int = 0, depth: int = DEPTH) -> Path:
     """An untrained pocket in float32 with its processor and `selectors.safetensors`, cut to so many
     layers.
 
@@ -48,10 +51,9 @@ def model_folder(seed: int = 0, depth: int | None = None) -> Path:
     """
     folder = Path(_FOLDER.name) / f"model{seed}-{depth}"
     model = make_model(seed).eval()
-    if depth is not None:
-        text: Any = model.model.language_model
-        text.layers = text.layers[:depth]
-        model.config.text_config.num_hidden_layers = depth
+    text: Any = model.model.language_model
+    text.layers = text.layers[:depth]
+    model.config.text_config.num_hidden_layers = depth
     with torch.no_grad():
         for layer in model.model.language_model.layers:
             for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cli_tools import alvts, model_folder, refused
+from cli_tools import DEPTH, alvts, model_folder, refused
 from torch.autograd import DeviceType
 
 from alvts_cli.bench import decode, suite
@@ -135,7 +135,7 @@ def test_decoding_at_growing_batches(monkeypatch, tmp_path):
     assert "decoding" in result.stdout and "tokens/s" in result.stdout
     one, three = json.loads(path.read_text())["decode"]
     assert (one["batch"], three["batch"]) == (1, 3)
-    per_token = 16 * 2 * 192 * 4
+    per_token = DEPTH * 2 * 192 * 4
     assert (one["kv_bytes_dense"], one["kv_bytes"]) == (320 * per_token, 128 * per_token)
     assert three["kv_bytes"] == 3 * one["kv_bytes"]
     for found in (one, three):

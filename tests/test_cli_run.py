@@ -3,7 +3,7 @@ import shutil
 
 import numpy as np
 import pytest
-from cli_tools import alvts, model_folder, refused, scene_file
+from cli_tools import DEPTH, alvts, model_folder, refused, scene_file
 from PIL import Image
 
 PROMPT = "what color is the circle?"
@@ -40,15 +40,15 @@ def test_json_is_one_object_and_nothing_else():
     }
     assert said["mode"] == "selective"
     assert (said["visual_tokens"], said["visual_tokens_kept"]) == (256, 64)
-    # 16 layers, keys and values, 3 heads of 64 floats.
-    assert said["kv_bytes"] == 16 * 2 * 192 * 4 * (64 + said["text_tokens"])
+    # Of every layer keys and values, 3 heads of 64 floats.
+    assert said["kv_bytes"] == DEPTH * 2 * 192 * 4 * (64 + said["text_tokens"])
 
 
 def test_keep_is_a_count_or_a_ratio():
     assert answered("--keep", 32)["visual_tokens_kept"] == 32
     assert answered("--keep", 0.5)["visual_tokens_kept"] == 128
-    schedule = ",".join(["1.0"] + ["0"] * 15)
-    assert answered("--keep", schedule)["visual_tokens_kept"] == 16
+    schedule = ",".join(["1.0"] + ["0"] * (DEPTH - 1))
+    assert answered("--keep", schedule)["visual_tokens_kept"] == 256 / DEPTH
 
 
 def test_keeping_everything_is_the_dense_answer():
@@ -140,7 +140,7 @@ def test_a_bad_keep_is_one_line(keep):
 
 
 def test_a_schedule_of_another_depth_is_one_line():
-    assert "16 layers" in refused(*run("--keep", "0.5,0.5"))
+    assert "4 layers" in refused(*run("--keep", "0.5,0.5"))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cli_tools import alvts, model_folder, refused, scene_file
+from cli_tools import DEPTH, alvts, model_folder, refused, scene_file
 
 from alvts_cli.artifact import load_artifact, save_artifact
 from alvts_cli.bench.timing import Generated
@@ -70,14 +70,14 @@ def test_outcomes(loaded, kept):
         answer = loaded.processor.decode(said[0, text + 256 :], skip_special_tokens=True)
         assert one[DENSE].answer == answer.strip()
         assert one[DENSE].kl == 0
-        assert one[DENSE].kept == ((256, 16),)
-        assert one[DENSE].slots == 16 * (256 + text)
-        assert one["vtw@0.5"].kept == ((256, 8), (0, 8))
-        assert one["vtw@0.5"].slots == 16 * text + 8 * 256
-        assert one["random@64"].kept == ((64, 16),)
+        assert one[DENSE].kept == ((256, DEPTH),)
+        assert one[DENSE].slots == DEPTH * (256 + text)
+        assert one["vtw@0.5"].kept == ((256, DEPTH // 2), (0, DEPTH // 2))
+        assert one["vtw@0.5"].slots == DEPTH * text + DEPTH // 2 * 256
+        assert one["random@64"].kept == ((64, DEPTH),)
         assert (
             one["random@64"].flops
-            == prefill_flops(config, [64 + text] * 16, Selection(), 256).total
+            == prefill_flops(config, [64 + text] * DEPTH, Selection(), 256).total
         )
         random = make_method("random")
         with torch.inference_mode(), random.attached(loaded.model, 64, [item.id]):
@@ -247,7 +247,7 @@ def test_the_command(tmp_path, cache):
     assert result.exit_code == 0, result.output
     out = result.stdout
     assert "pocket: 7 questions, exact scoring, 256 visual tokens" in out
-    for word in ("dense", "blind (grey picture)", "chance", "64x16", "25x16", "relation"):
+    for word in ("dense", "blind (grey picture)", "chance", "64x4", "25x4", "relation"):
         assert word in out
     assert out.count("gate passed") == 2
     whole = json.loads(file.read_text())
@@ -260,7 +260,7 @@ def test_the_command(tmp_path, cache):
     ]
     row = data["rows"][0]
     assert row["tokens"] == row["tokens_after"] == 64
-    # 16 layers of about 12 text tokens; the selectors are counted.
+    # Layers of about 12 text tokens; the selectors are counted.
     assert 20 < row["kv"] < 30 and row["flops"] > data["rows"][1]["flops"]
     assert set(data["samples"][0]["said"]) == {
         *("dense", "blind", "alvts@64", "random@64", "alvts@0.1", "random@0.1")
@@ -272,21 +272,23 @@ def test_the_command(tmp_path, cache):
 
 
 def test_fitted_methods_are_given_the_selectors_without_alvts_itself(tmp_path):
-    selectors = load_artifact(model_folder() / "selectors.safetensors")
-    halves = (0.5, 0.0) * 8
+    # More parts than are named in a row.
+    folder = model_folder(depth=8)
+    selectors = load_artifact(folder / "selectors.safetensors")
+    halves = (0.5, 0.0) * 4
     save_artifact(replace(selectors, schedules=(halves,)), tmp_path / "s.safetensors")
     methods = "random-policy,oracle,alvts-plain"
     more = ("--methods", methods, "--selectors", tmp_path / "s.safetensors", "--keep", "32")
-    result = alvts("eval", "--model", model_folder(), *SMALL, *more, "--json", tmp_path / "j.json")
+    result = alvts("eval", "--model", folder, *SMALL, *more, "--json", tmp_path / "j.json")
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "j.json").read_text())["data"][0]["rows"]
-    budgeted = [[64, 1], [0, 1]] * 8
+    budgeted = [[64, 1], [0, 1]] * 4
     assert {row["method"]: row["by_layer"] for row in rows} == {
         "random-policy": budgeted,
         "oracle": budgeted,
-        "alvts-plain": [[32, 16]],
+        "alvts-plain": [[32, 8]],
     }
-    assert "0 to 64" in result.stdout and "32x16" in result.stdout
+    assert "0 to 64" in result.stdout and "32x8" in result.stdout
 
 
 def test_an_interrupted_command_goes_on(monkeypatch, cache):

@@ -282,7 +282,7 @@ def test_every_card_has_a_source_and_sense(name, tmp_path):
 
 
 def test_a_model_that_is_not_known_is_described_from_its_folder(tmp_path):
-    report = planned(tmp_path / "a.json", "--model", model_folder())
+    report = planned(tmp_path / "a.json", "--model", model_folder(depth=16))
     known = planned(tmp_path / "b.json", "--model", "pocket")
     assert report["batches"] == known["batches"]
 
