@@ -25,10 +25,10 @@ import torch
 
 from .answer import prepare
 from .artifact import Artifact
+from .batches import collate, end_token, ended
 from .data import Candidate, Reader
 from .engine import attach
 from .errors import AlvtsError
-from .evaluate.batches import collate, end_token, ended
 from .families import family_of
 from .files import write_whole
 from .models import Loaded

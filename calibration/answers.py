@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from alvts_cli.batches import TOKENS, collate
 from alvts_cli.engine import Policy, Selectors, attach
 from alvts_cli.engine.calls import going_on
 from alvts_cli.errors import AlvtsError
+from alvts_cli.families import family_of
 from alvts_cli.prompts import padding_token
 from alvts_cli.spread import Group
 
@@ -79,17 +82,65 @@ def answered(model: Any, inputs: Any, new_tokens: int) -> Answered:
     return Answered(dict(inputs), output.sequences[:, prompt:], dense.cpu())
 
 
+@dataclass(frozen=True)
+class Together:
+    """Prompts with their answers, run at once.
+
+    Attributes:
+        inputs: padded on the left.
+        answers: int64 `[B, A]`, filled on the right.
+        dense: of each, as `Answered` has it.
+    """
+
+    inputs: dict[str, Any]
+    answers: Tensor
+    dense: tuple[Tensor, ...]
+
+
+MOST, MOST_TOKENS = 8, 4096
+"""Prompts that are run at once, and tokens that they have together at most, but for a single one:
+what a small model, or one on a GPU, takes for few tokens is the host's time for each operator,
+however many prompts it is of; and a large one has to have the memory."""
+
+
+def put_together(model: Any, samples: Sequence[Answered]) -> list[Together]:
+    """Neighbours whose pictures go into one batch; in order."""
+    batches: list[list[Answered]] = []
+    for one in samples:
+        own = batches[-1] if batches else []
+        longest = max(other.inputs["input_ids"].shape[1] for other in (*own, one))
+        fits = len(own) < MOST and longest * (len(own) + 1) <= MOST_TOKENS
+        if own and fits and _pictures(own[-1]) == _pictures(one):
+            own.append(one)
+        else:
+            batches.append([one])
+    return [_together(model, batch) for batch in batches]
+
+
+def _pictures(one: Answered) -> dict[str, Any]:
+    """What has to be the same for two prompts to be in one batch."""
+    return {name: value.shape[1:] for name, value in one.inputs.items() if name not in TOKENS}
+
+
+def _together(model: Any, batch: Sequence[Answered]) -> Together:
+    fill = padding_token(model)
+    inputs = dict(batch[0].inputs) if len(batch) == 1 else collate([b.inputs for b in batch], fill)
+    most = max(one.answer.shape[1] for one in batch)
+    rows = [functional.pad(b.answer, (0, most - b.answer.shape[1]), value=fill) for b in batch]
+    return Together(inputs, torch.cat(rows), tuple(one.dense for one in batch))
+
+
 def kept_answers(
     model: Any,
     selectors: Selectors,
     keep: float,
     policy: Policy,
-    samples: Sequence[Answered],
+    batches: Sequence[Together],
     group: Group | None = None,
 ) -> Kept:
     """What is left of the dense model's answers under a policy: the means of `each_kept`, whose
     arguments and errors these are."""
-    every = each_kept(model, selectors, keep, policy, samples, group)
+    every = each_kept(model, selectors, keep, policy, batches, group)
     loss, same = (sum(values) / len(every) for values in zip(*every, strict=True))
     return Kept(loss, same, sum(min(loss, CAP) for loss, _ in every) / len(every))
 
@@ -100,7 +151,7 @@ def each_kept(
     selectors: Selectors,
     keep: float,
     policy: Policy,
-    samples: Sequence[Answered],
+    batches: Sequence[Together],
     group: Group | None = None,
 ) -> list[tuple[float, bool]]:
     """Loss of every answer and whether it is the same, as `Kept` has their means: prefill and cache
@@ -111,7 +162,7 @@ def each_kept(
         selectors: fitted for it.
         keep: ratio of visual tokens in every layer.
         policy: to try.
-        samples: the dense answers, at least one; of a group, those of this process.
+        batches: the dense answers, at least one; of a group, those of this process.
         group: of processes that have other samples; each gets all of them, in the order of one
             process, since sums depend on it.
 
@@ -121,23 +172,43 @@ def each_kept(
     group = group or Group()
     found_here: list[tuple[int, float, bool]] = []
     with attach(model, selectors, [keep] * len(selectors.layers), policy=policy):
-        for i, one in enumerate(samples):
-            found = _predict(model, one).float().log_softmax(dim=-1).cpu()
-            loss = check_finite(float(answer_divergence(one.dense, found)), model.dtype)
-            # Not the answer's tokens: a generation config may have ruled out the likeliest.
-            same = bool((found.argmax(dim=-1) == one.dense.argmax(dim=-1)).all())
-            found_here.append((i * group.size + group.rank, loss, same))
+        for batch in batches:
+            predicted = _predict(model, batch).float().log_softmax(dim=-1).cpu()
+            for dense, whole in zip(batch.dense, predicted, strict=True):
+                found = whole[: len(dense)]
+                loss = check_finite(float(answer_divergence(dense, found)), model.dtype)
+                # Not the answer's tokens: a generation config may have ruled out the likeliest.
+                same = bool((found.argmax(dim=-1) == dense.argmax(dim=-1)).all())
+                found_here.append((len(found_here) * group.size + group.rank, loss, same))
     return [(loss, same) for _, loss, same in sorted(group.gather(found_here))]
 
 
-def _predict(model: Any, one: Answered) -> Tensor:
-    """Logits `[A, V]` of the answer's tokens."""
-    out = model(**one.inputs, use_cache=True, logits_to_keep=1)
-    logits = [out.logits[0]]
-    if one.answer.shape[1] > 1:
-        more = model(input_ids=one.answer[:, :-1], use_cache=True, **going_on(out))
-        logits.append(more.logits[0])
-    return torch.cat(logits)
+def _predict(model: Any, batch: Together) -> Tensor:
+    """Logits `[B, A, V]` of the answers' tokens."""
+    seen = batch.inputs["attention_mask"]
+    more = _positions(model, seen, seen.shape[1])
+    out = model(**batch.inputs, **more, use_cache=True, logits_to_keep=1)
+    if batch.answers.shape[1] == 1:
+        return out.logits
+    given = batch.answers[:, :-1]
+    # What fills a shorter answer is behind it, where nothing of it looks.
+    seen = torch.cat([seen, torch.ones_like(given)], dim=1)
+    more = _positions(model, seen, given.shape[1])
+    behind = model(input_ids=given, attention_mask=seen, use_cache=True, **more, **going_on(out))
+    return torch.cat([out.logits, behind.logits], dim=1)
+
+
+def _positions(model: Any, seen: Tensor, count: int) -> dict[str, Tensor]:
+    """Where the last `count` of the tokens `seen` `[B, T]` stand, the padding left out, as
+    `generate` tells a model. Models that count a picture's tokens in three dimensions find out by
+    themselves where a prompt's stand, but not where several behind it do."""
+    backbone: Any = family_of(model).backbone(model)
+    at = (seen.cumsum(dim=-1) - 1).clamp(min=0)[:, -count:]
+    if not hasattr(backbone, "rope_deltas"):
+        return {"position_ids": at}
+    if count == seen.shape[1]:
+        return {}
+    return {"position_ids": (at + backbone.rope_deltas.to(at.device)).expand(3, -1, -1)}
 
 
 def answer_divergence(dense: Tensor, found: Tensor) -> Tensor:

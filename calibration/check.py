@@ -20,7 +20,7 @@ from alvts_cli.header import Trial
 from alvts_cli.prompts import build_inputs
 from alvts_cli.spread import Group
 
-from .answers import Answered, answered, each_kept
+from .answers import Answered, answered, each_kept, put_together
 from .run import Watch
 from .settings import Settings
 
@@ -164,9 +164,10 @@ def check(
         raise AlvtsError(f"only {count} usable samples, at least {FEWEST} are needed{why}")
     resampled = Bootstrap(count, seed=0)
     held = []
+    batches = put_together(model, answers)
     with seen_once(model):
         for trial in then:
-            every = each_kept(model, artifact, trial.keep, trial.policy, answers, group)
+            every = each_kept(model, artifact, trial.keep, trial.policy, batches, group)
             loss, same = (np.array(values, dtype=float) for values in zip(*every, strict=True))
             now = resampled.mean(same), resampled.mean(loss)
             held.append(Held(trial, measured_then(artifact), *now, count))

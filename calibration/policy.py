@@ -20,7 +20,7 @@ from alvts_cli.families.vision import seen_once
 from alvts_cli.header import Trial
 from alvts_cli.spread import Group
 
-from .answers import Answered, kept_answers
+from .answers import Answered, kept_answers, put_together
 from .timing import time_policies, turns
 
 RATIOS = (0.02, 0.05, 0.11, 0.33)
@@ -81,9 +81,10 @@ def try_policies(
     """
     times = time_policies(model, selectors, _CHOICES, samples, on_step, group)
     trials = []
+    batches = put_together(model, samples)
     with seen_once(model):
         for keep, policy in _CHOICES:
-            kept = kept_answers(model, selectors, keep, policy, samples, group)
+            kept = kept_answers(model, selectors, keep, policy, batches, group)
             time = times[keep, policy]
             trials.append(Trial(keep, policy, kept.loss, kept.same, time, kept.capped))
             on_step()

@@ -17,7 +17,7 @@ from alvts_cli.artifact import Artifact, save_artifact
 from alvts_cli.commands.calibrate_check import verdict
 from alvts_cli.prompts import build_inputs
 from calibration import calibrate
-from calibration.answers import answered, kept_answers
+from calibration.answers import answered, kept_answers, put_together
 from calibration.check import chance_of_so_few, check, recorded
 
 COUNT = 16
@@ -59,13 +59,14 @@ def test_it_measures_what_is_left_of_the_models_own_answers() -> None:
         answered(model, build_inputs(make_processor(), one.images, one.prompt), 4)
         for one in scenes(COUNT, seed=5)
     ]
+    batches = put_together(model, samples)
     result = found()
     assert result.other_weights and result.data == result.data_then == "pocket scenes"
     assert [one.then.keep for one in result.held] == [one.keep for one in artifact.picked]
     for one, picked in zip(result.held, artifact.picked, strict=True):
         assert one.then.policy == picked.policy and one.then in artifact.calibration.trials
         assert (one.samples, one.samples_then) == (COUNT, 4)
-        kept = kept_answers(model, artifact, picked.keep, picked.policy, samples)
+        kept = kept_answers(model, artifact, picked.keep, picked.policy, batches)
         assert one.loss.value == pytest.approx(kept.loss, rel=1e-6)
         assert one.same.value == pytest.approx(kept.same)
         assert one.loss.low <= one.loss.value <= one.loss.high

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from calibration_tools import LAYERS, RANK, fast, make_processor, make_small, scenes
+from test_families import a_model, selectors_for
 from tiny import FAMILIES, make_inputs, make_model, make_selectors, one_image
+from zoo import KINDS, zoo_inputs
 
 from alvts_cli.bench.timing import generate
 from alvts_cli.engine import NAMED, PAPER, Policy, policy_for
@@ -15,8 +17,8 @@ from alvts_cli.engine.normed import Normed
 from alvts_cli.families import family_of
 from alvts_cli.header import Trial
 from alvts_cli.prompts import build_inputs
-from calibration import calibrate, timing
-from calibration.answers import answered, kept_answers
+from calibration import answers, calibrate, timing
+from calibration.answers import CAP, answered, each_kept, kept_answers, put_together
 from calibration.capture import capture, run_layer
 from calibration.carry import fit_carries
 from calibration.policy import CANDIDATES, RATIOS, pick, prefills
@@ -36,14 +38,67 @@ def test_keeping_everything_keeps_every_answer(family):
     samples = [answered(model, make_inputs(model, one_image(family, seed)), 5) for seed in range(3)]
     selectors = make_selectors(family, policy=EACH)
     assert any(one.answer.shape[1] > 1 for one in samples)
-    whole = kept_answers(model, selectors, 1.0, EACH, samples)
+    batches = put_together(model, samples)
+    whole = kept_answers(model, selectors, 1.0, EACH, batches)
     assert whole.same == 1.0 and whole.loss == pytest.approx(0, abs=1e-6)
-    few = kept_answers(model, selectors, 0.1, EACH, samples)
+    few = kept_answers(model, selectors, 0.1, EACH, batches)
     assert few.loss > 1e-3
-    assert few.loss != kept_answers(model, selectors, 0.1, PAPER, samples).loss
+    assert few.loss != kept_answers(model, selectors, 0.1, PAPER, batches).loss
     # The dense model again.
     again = answered(model, make_inputs(model, one_image(family, 0)), 5)
     assert torch.equal(again.dense, samples[0].dense)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_together_answers_lose_what_they_lose_alone(family):
+    """Prompts and answers of several lengths, and pictures of which not all go into one batch."""
+    model, selectors = make_model(family), make_selectors(family, policy=EACH)
+    prompts = [one_image(family, seed) for seed in range(5)]
+    prompts[1].text = prompts[1].text[:5]
+    prompts[3].images *= 2
+    samples = [
+        answered(model, make_inputs(model, one), length)
+        for one, length in zip(prompts, (1, 4, 2, 5, 3), strict=True)
+    ]
+    alone = [each_kept(model, selectors, 0.1, EACH, put_together(model, [s])) for s in samples]
+    batches = put_together(model, samples)
+    assert len(batches) < len(samples)
+    found = each_kept(model, selectors, 0.1, EACH, batches)
+    assert [same for _, same in found] == [same for [(_, same)] in alone]
+    losses = [loss for [(loss, _)] in alone]
+    assert [loss for loss, _ in found] == pytest.approx(losses, rel=1e-3, abs=1e-5)
+    # No answer counts for more than one that is lost.
+    kept = kept_answers(model, selectors, 0.1, EACH, batches)
+    assert max(losses) > CAP and kept.capped < kept.loss
+    assert kept.capped == pytest.approx(sum(min(loss, CAP) for loss in losses) / 5, rel=1e-3)
+
+
+WORDS = (3, 8), (2, 5)
+
+
+# Granite's layers get their cache in a way that selection does not know.
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {"granite4_vision"}))
+def test_every_kind_answers_together_as_alone(kind):
+    model = a_model(kind)
+    selectors = selectors_for(model)
+    prompts = [zoo_inputs(model, kind, words=words, seed=i) for i, words in enumerate(WORDS)]
+    samples = [answered(model, one, length) for one, length in zip(prompts, (4, 2), strict=True)]
+    batches = put_together(model, samples)
+    found = [
+        loss
+        for tried in (batches, *(put_together(model, [one]) for one in samples))
+        for loss, _ in each_kept(model, selectors, 0.3, PAPER, tried)
+    ]
+    assert len(batches) == 1 and found[:2] == pytest.approx(found[2:], rel=1e-3, abs=1e-5)
+
+
+def test_no_more_are_put_together_than_memory_is_asked_for(monkeypatch):
+    model = make_model("llava")
+    one = answered(model, make_inputs(model, one_image("llava")), 1)
+    tokens = one.inputs["input_ids"].shape[1]
+    for most, sizes in ((3 * tokens, [3, 3, 3, 1]), (tokens - 1, [1] * 10), (99 * tokens, [8, 2])):
+        monkeypatch.setattr(answers, "MOST_TOKENS", most)
+        assert [len(batch.dense) for batch in put_together(model, [one] * 10)] == sizes
 
 
 def small_samples(model, count):

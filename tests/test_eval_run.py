@@ -10,13 +10,13 @@ import torch
 from cli_tools import DEPTH, alvts, model_folder, refused, scene_file
 
 from alvts_cli.artifact import load_artifact, save_artifact
+from alvts_cli.batches import collate
 from alvts_cli.bench.timing import Generated
 from alvts_cli.data import Source
 from alvts_cli.engine import Selection, prefill_flops
 from alvts_cli.errors import AlvtsError
 from alvts_cli.evaluate import run as run_module
 from alvts_cli.evaluate import times
-from alvts_cli.evaluate.batches import collate
 from alvts_cli.evaluate.data import DataSet, read_data
 from alvts_cli.evaluate.figures import summarise
 from alvts_cli.evaluate.run import DENSE, Outcome, Plan, Run, evaluate

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..batches import collate, end_token
 from ..engine import Prefill, Selection, prefill_flops
 from ..errors import AlvtsError
 from ..families import family_of
@@ -21,7 +22,6 @@ from ..methods.base import Method
 from ..models import Loaded
 from ..prompts import build_inputs
 from ..spread import Group
-from .batches import collate, end_token
 from .data import DataSet, Item
 from .store import Store
 

@@ -15,10 +15,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..answer import selectors_for
+from ..batches import collate, end_token, ended
 from ..engine import Attachment, attach, parse_policy
 from ..engine.keep import KeepArgument, resolve_keep
 from ..errors import AlvtsError
-from ..evaluate.batches import collate, end_token, ended
 from ..families import family_of
 from ..methods import FITTED, check_method, make_method
 from ..methods.base import Method

@@ -138,7 +138,8 @@ class _Run:
                 )
             start = load_file(folder / f"adapter-{self.step}.safetensors")
             moments = load_file(folder / f"moments-{self.step}.safetensors")
-        self.model = model.requires_grad_(False).to(usual_dtype(torch.device("cpu")))
+        self.model = model.requires_grad_(False)
+        nn.Module.to(self.model, usual_dtype(torch.device("cpu")))
         # In float32 before it is loaded, or a resumed run would go on from a rounded one.
         self.projector = model.model.multi_modal_projector.float().requires_grad_(True)
         load_projector(model, start)

@@ -1,4 +1,4 @@
-"""Prepared questions put together into one batch, whatever the family."""
+"""Prepared prompts put together into one batch, whatever the family."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..prompts import padding_token
+from .prompts import padding_token
 
-# One number per token of the prompt; everything else is about pictures.
-_TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids")
+# What has one number per token of the prompt; everything else is about pictures.
+TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 
 def collate(samples: Sequence[Any], pad_id: int) -> dict[str, Tensor]:
@@ -24,7 +24,7 @@ def collate(samples: Sequence[Any], pad_id: int) -> dict[str, Tensor]:
     batch = {}
     for name in samples[0]:
         parts = [sample[name] for sample in samples]
-        if name in _TOKENS:
+        if name in TOKENS:
             fill = pad_id if name == "input_ids" else 0
             parts = [pad(part, (longest - part.shape[1], 0), value=fill) for part in parts]
         elif parts[0].dim() == 5:
