@@ -19,7 +19,8 @@ class Settings:
         rank: `R`; None takes `engine.default_rank` of the model, or `engine.paper_rank`.
         keep: ratio at which recall is measured, and the artifact's default: 64 of 576 tokens.
         held_out: share of the samples that is not fitted but measured on; at least one is.
-        steps: optimiser steps per layer (see `align`).
+        steps: optimiser steps per layer (see `align`); 300 keep no more answers (see the README of
+            this folder).
         batch: samples per step.
         learning_rate: its peak (see `align`).
         seed: of the choice and order of samples.
@@ -32,7 +33,7 @@ class Settings:
     rank: int | None = None
     keep: float = 1 / 9
     held_out: float = 1 / 4
-    steps: int = 300
+    steps: int = 150
     batch: int = 8
     learning_rate: float = 0.003
     seed: int = 0
