@@ -104,7 +104,13 @@ however many prompts it is of; and a large one has to have the memory."""
 
 
 def put_together(model: Any, samples: Sequence[Answered]) -> list[Together]:
-    """Neighbours whose pictures go into one batch; in order."""
+    """The samples in their order, neighbours in one batch where their pictures go into one.
+
+    Args:
+        model: whose padding token fills the prompts.
+        samples: whose inputs are on the model's device. Done once, the batches serve many policies:
+            within `families.vision.seen_once` their pictures are then seen once.
+    """
     batches: list[list[Answered]] = []
     for one in samples:
         own = batches[-1] if batches else []

@@ -51,7 +51,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "cache.py": ("test_engine_cache", *_ATTACHED),
     "calls.py": ("test_engine_calls", "test_engine_cache", "test_engine_dense"),
-    "carry.py": (_PIECES, "test_engine_few", "test_calibration_policy"),
+    "carry.py": (_PIECES, "test_engine_few", "test_calibration_policy:carry"),
     "compiling.py": (
         "test_engine_compiling:bits and llava] or all_lengths and llava] or limit_it or detaching "
         "or text_turn",
