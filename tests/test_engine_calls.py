@@ -80,6 +80,13 @@ def test_an_unknown_argument_with_a_value_for_every_token(value: Any) -> None:
         call(add)
 
 
+def test_an_unknown_argument_of_a_layer_that_selects_nothing_is_none_of_our_business() -> None:
+    def add(kwargs: dict[str, Any]) -> None:
+        kwargs["token_weights"] = torch.zeros(1, TOKENS)
+
+    assert call(add, 1.0).logits.shape[1] == TOKENS
+
+
 def test_an_unknown_argument_of_another_size_is_none_of_our_business() -> None:
     def add(kwargs: dict[str, Any]) -> None:
         kwargs["scales"] = torch.zeros(TOKENS + 1)

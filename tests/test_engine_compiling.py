@@ -15,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from alvts_cli import attach
 from alvts_cli.engine import Solved, cache_of, keep_of
+from alvts_cli.engine.compiling import usual_options
 from alvts_cli.engine.scorer import SelectorScorer
 
 # A graph of few layers is traced in less time: one that begins, and one that goes on behind it.
@@ -370,6 +371,24 @@ def test_past_the_limit_it_runs_uncompiled():
             model(**inputs[0])
             with pytest.warns(UserWarning, match="uncompiled"):
                 assert torch.equal(model(**inputs[1]).logits, expected)
+
+
+def test_what_torch_is_told_where_nothing_is_asked_for(monkeypatch):
+    """A graph on a GPU, where launching takes longer than computing."""
+    told = []
+
+    def compile_nothing(text_model, plan, set_plan, options):
+        told.append(options)
+        return lambda: None
+
+    monkeypatch.setattr("alvts_cli.engine.attaching.compile_decoder", compile_nothing)
+    for asked in (True, {"backend": "eager"}):
+        attach(make_model("llava"), make_selectors(), 4, compile=asked).detach()
+    assert told == [usual_options(torch.device("cpu")), {"backend": "eager"}]
+    assert [dict(usual_options(torch.device(kind))) for kind in ("cpu", "cuda")] == [
+        {},
+        {"mode": "reduce-overhead"},
+    ]
 
 
 def test_phases_are_timed_uncompiled():

@@ -51,13 +51,18 @@ def test_every_family(family, policy):
 
 
 @pytest.mark.parametrize(
-    "by", ["hook", "pre-hook", "global pre-hook", "hidden states", "gradients", "watch"]
+    "by", ["hook", "pre-hook", "global pre-hook", "decoder", "hidden states", "gradients", "watch"]
 )
 def test_whoever_looks_sees_all_tokens(by, request):
     """Without anyone, a choice for all layers is handed from layer to layer."""
     model = make_model("llava")
     inputs = make_inputs(model, one_image("llava"))
     layers, tokens, seen = model.model.language_model.layers, inputs["input_ids"].shape[1], []
+    if by == "decoder":
+        # Put in before ours, of what the decoder has recorded.
+        model.model.language_model.register_forward_hook(
+            lambda _, args, output: seen.extend(output.hidden_states or ())
+        )
     with attach(model, make_selectors(), 4, policy=POLICIES["once"]) as attachment:
         with torch.no_grad():
             expected = model(**inputs).logits
@@ -75,7 +80,8 @@ def test_whoever_looks_sees_all_tokens(by, request):
         elif by == "watch":
             attachment.watch = lambda chosen: seen.append(chosen.layer)
         with torch.set_grad_enabled(by == "gradients"):
-            output = model(**inputs, output_hidden_states=by == "hidden states")
+            recorded = by in ("hidden states", "decoder")
+            output = model(**inputs, output_hidden_states=recorded)
     assert torch.equal(output.logits, expected)
     if by == "watch":
         assert seen == [0, 1, 2, 3]
@@ -83,7 +89,7 @@ def test_whoever_looks_sees_all_tokens(by, request):
         output.logits.sum().backward()
         assert all(layer.mlp.up_proj.weight.grad.isfinite().all() for layer in layers)
     else:
-        seen = output.hidden_states or seen
+        seen = seen or output.hidden_states
         assert seen and all(states.shape[1] == tokens for states in seen)
 
 
@@ -93,6 +99,14 @@ def test_a_choice_follows_the_layers_to_another_device():
     assert choice.scores.device.type == choice.importance.device.type == "meta"
     # What was made of them is made again.
     assert choice.states is None and choice.counts == ()
+
+
+def test_a_choice_that_is_gone_on_with_is_where_the_layer_is():
+    forward = Forward(planned("tvvt"), None, Pieces(Policy(every=0)), "sdpa")
+    forward._choice = _Choice(0, scores=torch.ones(1, 4), importance=torch.ones(1, 4))
+    there = torch.empty(1, 4, 2, device="meta")
+    choice = forward._choose(1, None, there, {})
+    assert choice is forward._choice and choice.scores.device.type == "meta"
 
 
 def test_text_alone_is_chosen_once_a_device():
