@@ -92,7 +92,8 @@ Recall of each layer's own choice on the samples that were not fitted, at a keep
 
 
 def _policies(artifact: Artifact) -> str:
-    trials = artifact.calibration.trials
+    record = artifact.calibration
+    trials = record.trials
     if not trials:
         return ""
     picked = {one.keep: one.policy for one in artifact.picked}
@@ -104,9 +105,10 @@ def _policies(artifact: Artifact) -> str:
     return "\n".join(
         [
             "",
-            "Answers that are the dense model's own, token for token, on samples that were not "
-            "fitted, their loss (KL to the dense model's, in nats), and how many times as fast as "
-            "the dense model's the prefill was on the machine that calibrated:",
+            f"Answers that are the dense model's own, token for token, on {record.samples_tried} "
+            f"samples that were not fitted ({record.data_tried}), their loss (KL to the dense "
+            "model's, in nats), and how many times as fast as the dense model's the prefill was on "
+            "the machine that calibrated:",
             "",
             "| keep | policy | same answers | loss | prefill |",
             "|---|---|---|---|---|",

@@ -75,6 +75,19 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class TriedOn:
+    """What policies were tried on, apart from the fit.
+
+    Attributes:
+        data: in words.
+        samples: so many.
+    """
+
+    data: str
+    samples: Count
+
+
+@dataclass(frozen=True)
 class CalibrationRecord:
     """Where the selectors come from.
 
@@ -87,6 +100,7 @@ class CalibrationRecord:
         versions: of python packages.
         layers: one entry per layer.
         trials: every policy that was tried, at every keep ratio; empty where none was.
+        tried_on: where that was done again after the fit (`alvts calibrate --repick`).
     """
 
     data: str
@@ -97,6 +111,20 @@ class CalibrationRecord:
     versions: dict[str, str]
     layers: tuple[LayerFit, ...]
     trials: tuple[Trial, ...] = ()
+    tried_on: TriedOn | None = None
+
+    @property
+    def data_tried(self) -> str:
+        """What the policies were tried on, in words."""
+        return self.data if self.tried_on is None else self.tried_on.data
+
+    @property
+    def samples_tried(self) -> int:
+        """So many samples the policies were tried on."""
+        if self.tried_on is not None:
+            return self.tried_on.samples
+        most = self.settings.get("policy_samples")
+        return min(most, self.held_out) if isinstance(most, int) else self.held_out
 
     @property
     def mean(self) -> LayerFit:

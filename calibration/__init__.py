@@ -11,6 +11,9 @@
    the model's answers (`answers`).
 4. `run` puts it together into an `alvts_cli.artifact.Artifact`.
 
+Of fitted selectors, `check` measures whether they serve other weights, and `repick` picks the
+policies again; both let the dense model answer first (`asking`).
+
 Nothing in `alvts_cli.engine` knows of this package.
 """
 

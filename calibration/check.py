@@ -14,18 +14,13 @@ from alvts_cli.engine.probe import check_layers
 from alvts_cli.errors import AlvtsError
 from alvts_cli.evaluate.bootstrap import Bootstrap, Interval
 from alvts_cli.families import family_of
-from alvts_cli.families.placing import input_device
 from alvts_cli.families.vision import seen_once
 from alvts_cli.header import Trial
-from alvts_cli.prompts import build_inputs
 from alvts_cli.spread import Group
 
-from .answers import Answered, answered, each_kept, put_together
+from .answers import each_kept, put_together
+from .asking import answer_tokens, ask
 from .run import Watch
-from .settings import Settings
-
-FEWEST = 16
-"""With fewer, hardly any difference would be beyond chance."""
 
 CHANCE = 0.01
 """Fewer answers are kept than then, if chance alone would make it so more seldom than this."""
@@ -129,50 +124,26 @@ def check(
         group: of processes that share the samples; all of them get the result.
 
     Raises:
-        AlvtsError: selectors of another shape, a file without such a record, fewer than `FEWEST`
-            usable samples.
+        AlvtsError: selectors of another shape, a file without such a record, fewer than
+            `asking.FEWEST` usable samples.
     """
     watch, group = watch or Watch(), group or Group()
     then = recorded(artifact)
     family_of(model).check(model)
     check_layers(model)
     artifact = artifact.check_model(model, other_weights=True)
+    asked = ask(model, processor, samples, answer_tokens(artifact), watch, group)
+    resampled = Bootstrap(asked.count, seed=0)
     record = artifact.calibration
-    set_then = record.settings.get("answer_tokens")
-    answer_tokens = set_then if isinstance(set_then, int) else Settings.answer_tokens
-    answers: list[Answered] = []
-    broken: list[str] = []
-    count = 0
-    text_config: Any = family_of(model).text_model(model).config
-    longest = text_config.max_position_embeddings - answer_tokens
-    for sample in samples:
-        try:
-            inputs = build_inputs(processor, sample.images, sample.prompt, longest)
-        except AlvtsError as error:
-            broken.append(f"{sample.id}: {error}")
-            watch.skipped(broken[-1])
-            continue
-        if group.mine(count):
-            inputs = inputs.to(input_device(model), model.dtype)
-            answers.append(answered(model, inputs, answer_tokens))
-        count += 1
-        watch.sample(count)
-    if isinstance(samples, Reader):
-        broken = samples.skipped + broken
-    if count < FEWEST:
-        why = f"; {len(broken)} were skipped, such as {broken[0]}" if broken else ""
-        raise AlvtsError(f"only {count} usable samples, at least {FEWEST} are needed{why}")
-    resampled = Bootstrap(count, seed=0)
     held = []
-    batches = put_together(model, answers)
+    batches = put_together(model, asked.answers)
     with seen_once(model):
         for trial in then:
             every = each_kept(model, artifact, trial.keep, trial.policy, batches, group)
             loss, same = (np.array(values, dtype=float) for values in zip(*every, strict=True))
             now = resampled.mean(same), resampled.mean(loss)
-            held.append(Held(trial, measured_then(artifact), *now, count))
-    data = samples.description if isinstance(samples, Reader) else "samples given in memory"
-    return Check(artifact.other_weights, data, record.data, tuple(held))
+            held.append(Held(trial, record.samples_tried, *now, asked.count))
+    return Check(artifact.other_weights, asked.data, record.data_tried, tuple(held))
 
 
 def recorded(artifact: Artifact) -> tuple[Trial, ...]:
@@ -190,13 +161,6 @@ def recorded(artifact: Artifact) -> tuple[Trial, ...]:
             "them again with alvts calibrate"
         )
     return tuple(sorted(found, key=lambda one: one.keep))
-
-
-def measured_then(artifact: Artifact) -> int:
-    """Samples that the record's trials were measured on."""
-    record = artifact.calibration
-    most = record.settings.get("policy_samples")
-    return min(most, record.held_out) if isinstance(most, int) else record.held_out
 
 
 def chance_of_so_few(now: int, of_now: int, then: int, of_then: int) -> float:

@@ -125,8 +125,7 @@ def calibrate(
 
     fitted, held_out, answers, ids = _capture_all(model, processor, samples, settings, watch, group)
     digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
-    if data is None:
-        data = samples.description if isinstance(samples, Reader) else "samples given in memory"
+    data = in_words(samples) if data is None else data
     if checkpoint:
         checkpoint.begin(
             {
@@ -189,6 +188,11 @@ def calibrate(
     done = count(1)
     trials = try_policies(model, artifact, answers, lambda: watch.trial(next(done), steps()), group)
     return replace(artifact, picked=pick(trials), calibration=replace(record, trials=trials))
+
+
+def in_words(samples: Reader | Iterable[Sample]) -> str:
+    """What samples are, for a record."""
+    return samples.description if isinstance(samples, Reader) else "samples given in memory"
 
 
 def config_name(model: Any) -> str:

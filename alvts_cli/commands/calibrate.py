@@ -33,7 +33,9 @@ EPILOG = (
     "images/ --out llava.alvts.safetensors`\n\n"
     "`alvts calibrate --check base.alvts.safetensors --model my-tuned-model/` measures on "
     f"{CHECKED} samples whether selectors still serve a fine-tuned model or should be fitted "
-    "again, and exits with 1 in the second case. " + SPREAD.format("calibrate")
+    "again, and exits with 1 in the second case. `alvts calibrate --repick shared.safetensors "
+    "--model llava-1.5-7b --out mine.safetensors` picks the policies of selectors from elsewhere "
+    "by the times of this machine. " + SPREAD.format("calibrate")
 )
 
 
@@ -94,31 +96,53 @@ def calibrate(
             "did on the weights they were fitted on.",
         ),
     ] = None,
+    repick: Annotated[
+        str | None,
+        typer.Option(
+            "--repick",
+            help="Fit nothing: time and try the policies of these selectors (as --check takes "
+            "them) again, on this machine, this data and other samples, pick, and write them to "
+            "--out.",
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="With --check: write all figures here.")
     ] = None,
 ) -> None:
     """Fit the selectors of every layer to the model's own attention, on about 256 samples, and find
     out which way of using them keeps the model's answers."""
-    if check is not None:
-        _refuse({"--form": form != "alvts", "--rank": rank, "--out": out, "--resume": resume})
-        from .calibrate_check import Subject, check_selectors
-
-        source = _source(data, image_folder, columns)
-        subject = Subject(model, device, dtype, trust_remote_code)
-        if not check_selectors(check, subject, source, samples or CHECKED, seed, json_file):
-            raise typer.Exit(1)
-        return
-    if json_file is not None:
-        raise typer.BadParameter("only with --check", param_hint="--json")
-    samples = samples or FITTED
-
     # Read when torch is imported. The steps are small, and threads that spin while they wait for
     # each other come to a standstill on cores that others use too: 100 times slower was seen.
     # Threads that sleep at once take 1.4 times as long on idle cores; so long a spin, 1.1 times,
     # and twice as long as sleepers on busy ones.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+    if json_file is not None and check is None:
+        raise typer.BadParameter("only with --check", param_hint="--json")
+    if check is not None and repick is not None:
+        raise typer.BadParameter("not with --check", param_hint="--repick")
+    output = out or Path(f"{Path(model).name}.alvts.safetensors")
+    named = repick if check is None else check
+    if named is not None:
+        fits = {"--form": form != "alvts", "--rank": rank, "--resume": resume}
+        _refuse({**fits, "--out": check and out}, "--check" if repick is None else "--repick")
+        from .calibrate_fitted import Asked
+
+        source = _source(data, image_folder, columns)
+        count = samples or (FITTED if check is None else CHECKED)
+        asked = Asked(named, model, device, dtype, trust_remote_code, source, count, seed)
+        if check is None:
+            from .calibrate_repick import repick_policies
+
+            repick_policies(asked, output)
+        else:
+            from .calibrate_check import check_selectors
+
+            if not check_selectors(asked, json_file):
+                raise typer.Exit(1)
+        return
+    samples = samples or FITTED
 
     from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
@@ -135,7 +159,6 @@ def calibrate(
     from .fit_tables import POLICY_NOTE, fit_table, policy_table
 
     source = _source(data, image_folder, columns)
-    output = out or Path(f"{Path(model).name}.alvts.safetensors")
     # Everything that can be wrong is found before the model is loaded.
     check_writable(output, regular=True)
     group = join(device)
@@ -229,8 +252,8 @@ def _source(data: str, image_folder: Path | None, columns: str | None) -> "Sourc
     return Source(data, image_folder, read_columns(columns))
 
 
-def _refuse(given: Mapping[str, object]) -> None:
-    """Refuse options that say how to fit, where nothing is fitted."""
+def _refuse(given: Mapping[str, object], beside: str) -> None:
+    """Refuse options that say how to fit, beside one with which nothing is fitted."""
     for option, value in given.items():
         if value:
-            raise typer.BadParameter("not with --check", param_hint=option)
+            raise typer.BadParameter(f"not with {beside}", param_hint=option)

@@ -1,22 +1,16 @@
 """`alvts calibrate --check`: whether selectors still serve a model of other weights."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, TextColumn
 from rich.table import Table
 
-from calibration import Source, Watch, read_data
 from calibration.check import CHANCE, LOSS, Check, check, recorded
 
-from ..artifact import load_artifact
 from ..files import check_writable, is_stdout, write_whole
-from ..hub import selectors_file
-from ..models import load_model
-from ..spread import join
-from ..terminal import bars, console, say
+from ..terminal import console, say
+from .calibrate_fitted import Asked, load_fitted
 from .options import print_skipped
 
 CHECK_NOTE = (
@@ -28,28 +22,12 @@ CHECK_NOTE = (
 """What the figures of `check_table` are."""
 
 
-@dataclass(frozen=True)
-class Subject:
-    """The model that is checked, as the options of `alvts calibrate` name it."""
-
-    model: str
-    device: str
-    dtype: str | None
-    trust_remote_code: bool
-
-
-def check_selectors(
-    named: str, subject: Subject, source: Source, samples: int, seed: int, json_file: Path | None
-) -> bool:
+def check_selectors(asked: Asked, json_file: Path | None) -> bool:
     """Measure, print what came of it with the verdict as the last line, and return whether the
     selectors still serve.
 
     Args:
-        named: as `--selectors` takes it.
-        subject: the model.
-        source: of the samples.
-        samples: so many.
-        seed: of their choice.
+        asked: which selectors, on what.
         json_file: where everything measured goes too, or None.
 
     Raises:
@@ -58,30 +36,17 @@ def check_selectors(
     if json_file is not None:
         check_writable(json_file)
     aside = json_file is not None and is_stdout(json_file)
-    path = selectors_file(named)
-    artifact = load_artifact(path)
-    recorded(artifact)
-    # Not the samples that calibration draws with this seed, as far as there are others.
-    reader = read_data(source, samples, (seed + 1) % 2**32)
-    group = join(subject.device)
-    loaded = load_model(subject.model, subject.device, subject.dtype, subject.trust_remote_code)
+    fitted = load_fitted(asked, recorded)
+    path, artifact, loaded, group = fitted.path, fitted.artifact, fitted.loaded, fitted.group
     artifact.check_model(loaded.model, loaded.name, other_weights=True)
-    words = console(error=True)
-    words.quiet = words.quiet or not group.first
-    refused: list[str] = []
-    of = TextColumn("{task.fields[done]}")
-    with bars(words, TextColumn("answers"), BarColumn(), of) as progress:
-        task = progress.add_task("answers", total=samples, done="")
-        watch = Watch(
-            sample=lambda count: progress.update(
-                task, completed=count, done=f"{count} of {samples}"
-            ),
-            skipped=refused.append,
+    with fitted.watch(asked.samples) as watch:
+        found = check(
+            loaded.model, loaded.processor, artifact, fitted.reader, watch=watch, group=group
         )
-        found = check(loaded.model, loaded.processor, artifact, reader, watch=watch, group=group)
     if not group.first:
         return found.serves
-    print_skipped(words, reader.skipped + refused)
+    words = fitted.words
+    print_skipped(words, fitted.reader.skipped + fitted.refused)
     if not found.other_weights:
         words.print(f"note: these are the very weights that {path} was fitted on")
     if found.data != found.data_then:

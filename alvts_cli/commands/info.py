@@ -62,6 +62,8 @@ def info(
     out.print(about)
     out.print(fit_table(record))
     if record.trials:
+        if record.tried_on is not None:
+            out.print(f"policies: tried on {record.samples_tried} samples of {record.data_tried}")
         out.print(policy_table(record, told.picked))
         out.print(POLICY_NOTE)
     if plot is not None:
