@@ -1,6 +1,6 @@
 """What reaches the first decoder layer, sample by sample."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,8 @@ from alvts_cli.engine.masks import build_mask
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of
 from alvts_cli.families.placing import where
+
+from .answers import MOST, MOST_TOKENS
 
 
 @dataclass
@@ -93,17 +95,37 @@ def _standing_in(layers: Any, stand_in: Any) -> Iterator[None]:
 
 
 @torch.no_grad()
-def advance(layer: Any, index: int, implementation: str, sample: Captured) -> None:
-    """Replace `sample.hidden` by the next layer's input, with the dense `layer` in between.
+def advance(layer: Any, index: int, implementation: str, samples: Sequence[Captured]) -> None:
+    """Replace every `sample.hidden` by the next layer's input, with the dense `layer` in between.
 
     Args:
         layer: a decoder layer.
         index: its number.
         implementation: the attention implementation in use, which decides on the mask.
-        sample: changed in place.
+        samples: changed in place.
     """
-    output = run_layer(layer, implementation, sample.hidden, sample.positions)
-    sample.enter(index + 1, output)
+    for numbers in alike(samples):
+        batch = [samples[number] for number in numbers]
+        hidden, positions = on_device(layer, batch)
+        output = run_layer(layer, implementation, hidden, positions).cpu()
+        for sample, own in zip(batch, output.split(1), strict=True):
+            # A copy: parts of one tensor would keep all of it.
+            sample.enter(index + 1, own.clone())
+
+
+def alike(samples: Sequence[Captured]) -> list[list[int]]:
+    """The numbers of samples that go through a layer at once: those of the same length, which need
+    no padding, as many as trials run at once."""
+    batches: list[list[int]] = []
+    open_at: dict[tuple[torch.Size, ...], list[int]] = {}
+    for number, one in enumerate(samples):
+        shape = (one.hidden.shape, one.positions[0].shape)
+        own = open_at.get(shape)
+        if own is None or len(own) == MOST or one.hidden.shape[1] * (len(own) + 1) > MOST_TOKENS:
+            own = open_at[shape] = []
+            batches.append(own)
+        own.append(number)
+    return batches
 
 
 def run_layer(
@@ -124,8 +146,12 @@ def run_layer(
     return out
 
 
-def on_device(layer: Any, sample: Captured) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """`sample`'s hidden states and positions on the device of `layer`."""
+def on_device(layer: Any, samples: Sequence[Captured]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Hidden states `[B, T, D]` and positions of samples of one length on the device of `layer`."""
     device = where(layer.input_layernorm)[0]
-    cos, sin = sample.positions
-    return sample.hidden.to(device), (cos.to(device), sin.to(device))
+    if len(samples) == 1:
+        (one,) = samples
+        cos, sin = one.positions
+        return one.hidden.to(device), (cos.to(device), sin.to(device))
+    cos, sin = (torch.cat([one.positions[i] for one in samples]).to(device) for i in range(2))
+    return torch.cat([one.hidden for one in samples]).to(device), (cos, sin)

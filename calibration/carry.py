@@ -110,7 +110,7 @@ def fit_carries(
         empty = torch.zeros(width, width, device=device)
         sums = _Sums(empty, empty.clone())
         for one in states:
-            hidden, positions = on_device(layer, one)
+            hidden, positions = on_device(layer, [one])
             visual = one.visual.to(device)
             update = run_layer(layer, implementation, hidden, positions) - hidden
             normed = layer.input_layernorm(hidden)
@@ -122,7 +122,7 @@ def fit_carries(
         running.append(place_carry(carry, norm))
         found.append(carry.to(torch.device("cpu"), dtype))
         for one, forward in zip(states, forwards, strict=True):
-            hidden, positions = on_device(layer, one)
+            hidden, positions = on_device(layer, [one])
             ids = torch.arange(hidden.shape[1], device=device)[None]
             kwargs = {
                 POSITIONS: positions,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alvts_cli.engine import Selector, resolve_keep
-from alvts_cli.engine.probe import attention_means, project
+from alvts_cli.engine.probe import Projected, attention_importance, attention_mean, project
 from alvts_cli.engine.scoring import TextRows, asking
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import QueryKey, family_of
@@ -21,7 +21,7 @@ from alvts_cli.header import LayerFit
 from alvts_cli.spread import Group
 
 from .align import Target, align, collate
-from .capture import Captured, advance, on_device
+from .capture import Captured, advance, alike, on_device
 from .checkpoint import Checkpoint, LayerResult
 from .initialise import Factors, initialise
 from .paper import PaperFactors, initialise_paper
@@ -69,8 +69,8 @@ def sweep(
                 result = _fit_layer(
                     family.query_key(layer),
                     # Passed on and not kept: they hold this layer's hidden states.
-                    [_target(layer, sample, i, settings.form) for sample in fitted],
-                    [_target(layer, sample, i, settings.form) for sample in held_out],
+                    _targets(layer, fitted, i, settings.form),
+                    _targets(layer, held_out, i, settings.form),
                     settings,
                     rank,
                     seed=settings.seed * len(layers) + i,
@@ -80,8 +80,7 @@ def sweep(
             results.append((i, result))
             on_layer(i, result.fit)
         if i + 1 < len(layers):
-            for sample in samples:
-                advance(layer, i, config._attn_implementation, sample)
+            advance(layer, i, config._attn_implementation, samples)
     every = sorted(group.gather(results), key=lambda one: one[0])
     return [result for _, result in every]
 
@@ -90,31 +89,43 @@ def sweep(
 _SEEN = 32
 
 
-def _target(layer: Any, sample: Captured, index: int, form: str) -> Target:
-    hidden, positions = on_device(layer, sample)
-    visual = sample.visual.to(hidden.device)
-    projected = project(layer, hidden, positions)
-    from_visual, from_text = attention_means(projected, visual, ~visual)
-    if not bool((from_visual * from_text).isfinite().all()):
-        raise AlvtsError(
-            f"the hidden states of layer {index} overflow in {hidden.dtype}; "
-            "use --dtype bfloat16 or float32"
-        )
-    at = asking(sample.visual, ~sample.visual).nonzero()[:, 1]
-    query = projected.query[:, :, at.to(visual.device)].cpu()
-    valid = torch.ones(1, len(at), dtype=torch.bool)
-    rows = TextRows(query, projected.scaling, parts_of(layer).rotary)
-    reference = from_visual * from_text if form == "paper" else from_text
-    return Target(
-        sample.hidden,
-        sample.positions,
-        sample.visual,
-        ~sample.visual,
-        rows,
-        at[None],
-        valid,
-        reference.cpu(),
-    )
+def _targets(layer: Any, samples: Sequence[Captured], index: int, form: str) -> list[Target]:
+    """Of every sample, in their order."""
+    found: dict[int, Target] = {}
+    for numbers in alike(samples):
+        batch = [samples[number] for number in numbers]
+        hidden, positions = on_device(layer, batch)
+        projected = project(layer, hidden, positions)
+        reference = _reference(projected, torch.cat([one.visual for one in batch]), form)
+        if not bool(reference.isfinite().all()):
+            raise AlvtsError(
+                f"the hidden states of layer {index} overflow in {hidden.dtype}; "
+                "use --dtype bfloat16 or float32"
+            )
+        rotary = parts_of(layer).rotary
+        for place, (number, sample) in enumerate(zip(numbers, batch, strict=True)):
+            at = asking(sample.visual, ~sample.visual).nonzero()[:, 1]
+            query = projected.query[place : place + 1, :, at.to(hidden.device)].cpu()
+            found[number] = Target(
+                sample.hidden,
+                sample.positions,
+                sample.visual,
+                ~sample.visual,
+                TextRows(query, projected.scaling, rotary),
+                at[None],
+                torch.ones(1, len(at), dtype=torch.bool),
+                reference[place : place + 1],
+            )
+    return [found[number] for number in range(len(samples))]
+
+
+def _reference(projected: Projected, visual: Tensor, form: str) -> Tensor:
+    """`S*` `[B, T]` of the selectors' form, on the CPU."""
+    visual = visual.to(projected.query.device)
+    text = attention_importance(projected, visual, ~visual)
+    if form == "paper":
+        text = text * attention_mean(projected, visual, torch.ones_like(visual))
+    return text.cpu()
 
 
 def _fit_layer(

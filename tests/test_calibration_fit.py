@@ -24,7 +24,7 @@ from calibration import Checkpoint, Sample, Settings, Watch, calibrate
 from calibration.align import align, divergence
 from calibration.capture import advance, capture
 from calibration.initialise import initialise
-from calibration.sweep import _target
+from calibration.sweep import _targets
 
 pytestmark = pytest.mark.usefixtures("quick_calibration")
 
@@ -102,10 +102,8 @@ def test_the_objective_sees_shape_not_scale() -> None:
 def test_alignment_comes_closer_to_the_reference(family: str) -> None:
     model = make_model(family)
     layer = family_of(model).layers(model)[0]
-    targets = [
-        _target(layer, capture(model, make_inputs(model, one_image(family, seed))), 0, "alvts")
-        for seed in range(6)
-    ]
+    inputs = [make_inputs(model, one_image(family, seed)) for seed in range(6)]
+    targets = _targets(layer, [capture(model, one) for one in inputs], 0, "alvts")
     of = projections(model)
     start = initialise(of, torch.cat([t.hidden[t.visual] for t in targets]), 4)
     end = align(start, of, targets, Settings(steps=60, batch=4, learning_rate=0.01), seed=0)
@@ -260,9 +258,9 @@ def test_memory_is_flat_in_the_number_of_layers(monkeypatch: pytest.MonkeyPatch)
         count()
         return align(factors, of, targets, *rest, **more)
 
-    def watched_advance(layer: Any, index: int, implementation: str, sample: Any) -> None:
-        advance(layer, index, implementation, sample)
-        alive.append(weakref.ref(sample.hidden))
+    def watched_advance(layer: Any, index: int, implementation: str, samples: Any) -> None:
+        advance(layer, index, implementation, samples)
+        alive.extend(weakref.ref(sample.hidden) for sample in samples)
         count()
 
     monkeypatch.setattr("calibration.sweep.align", watched_align)

@@ -1,5 +1,6 @@
 """`S*` against a naive computation from the attention maps the model itself gives out."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from tiny import FAMILIES, LAYERS, Prompt, make_inputs, make_model, one_image
 
 from alvts_cli.engine.probe import attention_importance, project
 from alvts_cli.families import family_of
-from calibration.capture import Captured, advance, capture
+from calibration.capture import Captured, advance, alike, capture
+from calibration.sweep import _targets
 
 
 def naive(attention: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
@@ -43,7 +45,7 @@ def test_equals_the_models_own_attention(family: str, attn: str) -> None:
             expected = naive(told.attentions[i], sample.visual)
             assert (expected > 0).sum() == sample.visual.sum()
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-10)
-            advance(layers[i], i, attn, sample)
+            advance(layers[i], i, attn, [sample])
         assert layers[0].self_attn.config._attn_implementation == attn
 
 
@@ -65,8 +67,38 @@ def test_sweep_through_layers_is_the_dense_forward(family: str) -> None:
     assert bool(sample.added) == (family == "qwen3_vl")
     for i, layer in enumerate(layers[:-1]):
         torch.testing.assert_close(sample.hidden, states[i], rtol=0, atol=0)
-        advance(layer, i, "sdpa", sample)
+        advance(layer, i, "sdpa", [sample])
     torch.testing.assert_close(sample.hidden, states[-1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_samples_of_one_length_go_through_a_layer_together(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(family)
+    layer = family_of(model).layers(model)[0]
+    texts = [[1, 5, 9, 12, 33], [1, 5, 9], [7, 5, 2, 9, 4], [3, 1, 2], [8, 8, 9, 1, 4]]
+    images = one_image(family).images
+    samples = [capture(model, make_inputs(model, Prompt(text, images))) for text in texts]
+    assert alike(samples) == [[0, 2, 4], [1, 3]]
+    alone = [replace(one) for one in samples]
+    targets = _targets(layer, samples, 0, "alvts")
+    for target, one in zip(targets, alone, strict=True):
+        (expected,) = _targets(layer, [one], 0, "alvts")
+        assert target.hidden is expected.hidden
+        torch.testing.assert_close(target.reference, expected.reference)
+        torch.testing.assert_close(target.rows.query, expected.rows.query)
+        assert torch.equal(target.index, expected.index)
+        advance(layer, 0, "sdpa", [one])
+    advance(layer, 0, "sdpa", samples)
+    for together, one in zip(samples, alone, strict=True):
+        torch.testing.assert_close(together.hidden, one.hidden)
+        # Its own memory, not a part of that of all.
+        assert together.hidden.untyped_storage().nbytes() == one.hidden.untyped_storage().nbytes()
+    for name, most in (("MOST", 2), ("MOST_TOKENS", 2 * alone[0].hidden.shape[1])):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"calibration.capture.{name}", most)
+            assert alike(samples)[0] == [0, 2]
 
 
 def test_row_blocks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

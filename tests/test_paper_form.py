@@ -30,7 +30,7 @@ from alvts_cli.engine import (
 )
 from alvts_cli.engine.normed import Normed
 from alvts_cli.engine.paper import paper_importance, paper_means
-from alvts_cli.engine.probe import attention_means, project
+from alvts_cli.engine.probe import attention_importance, attention_mean, project
 from alvts_cli.engine.scene import Scene
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of
@@ -249,8 +249,9 @@ def test_alignment_lowers_the_squared_error_against_real_attention() -> None:
     from calibration.align import align
 
     with torch.no_grad():
-        of_visual, of_text = attention_means(project(layer, hidden, (cos, sin)), visual, ~visual)
-    reference = of_visual * of_text
+        projected = project(layer, hidden, (cos, sin))
+        reference = attention_importance(projected, visual, ~visual)
+        reference = reference * attention_mean(projected, visual, torch.ones_like(visual))
     rows: Any = None
     target = Target(hidden, (cos, sin), visual, ~visual, rows, rows, rows, reference)
     start = initialise_paper(of, 4)

@@ -22,7 +22,7 @@ from alvts_cli.families import family_of, layer
 from alvts_cli.families.rotary import Rotary, rotary_of
 from calibration.align import collate
 from calibration.capture import capture
-from calibration.sweep import _target
+from calibration.sweep import _targets
 
 FORMS = {"halves": Rotary(), "neighbours": Rotary(neighbours=True)}
 each_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -184,7 +184,7 @@ def test_calibration_holds_selectors_against_the_layers_own_attention(kind):
     first = family.layers(model)[0]
     own = family.query_key(first)
     whole = LayerSelector(torch.diag(own.norm_weight), own.w_k, own.b_k, own.norm_eps, own.k_norm)
-    target = _target(first, sample, 0, "ours")
+    (target,) = _targets(first, [sample], 0, "alvts")
     _, loss = collate([target, target], torch.get_default_device()).float().measure(whole)
     torch.testing.assert_close(loss, torch.zeros(2), atol=1e-5, rtol=0)
     halves = Rotary(not target.rows.rotary.neighbours)

@@ -23,7 +23,7 @@ from ..families.layer import norm_weight, parts_of
 from ..families.placing import where
 from .calls import POSITIONS
 from .scene import Scene
-from .scoring import asking, rotate, text_rows
+from .scoring import rotate, text_rows
 
 _NAME = "alvts_probe"
 
@@ -248,36 +248,42 @@ def attention_importance(projected: Projected, visual: Tensor, text: Tensor) -> 
     Returns:
         float32 `[B, T]`, 0 where not visual.
     """
-    return attention_means(projected, visual, text)[1]
+    seen = (visual.cumsum(dim=1) > 0) & text
+    # In a sample whose text sees nothing, the visual tokens ask.
+    alone = ~seen.any(dim=1, keepdim=True)
+    return attention_mean(projected, torch.where(alone, visual, text), visual | text) * visual
 
 
-def attention_means(projected: Projected, visual: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of the real attention over visual rows, and that over text rows; float32 `[B, T]`
-    each, 0 where not visual. The paper's importance is their product.
+def attention_mean(projected: Projected, rows: Tensor, real: Tensor) -> Tensor:
+    """The mean of a layer's real attention over some rows: float32 `[B, T]`.
 
-    Heads are averaged first, because the formula is written for one attention matrix; `heads x T x
-    T` is never stored. Text rows in front of the image see no visual token; they are counted, which
-    only scales a sample's mean by a constant. In a sample whose text sees nothing, both are that
-    over visual rows.
+    Heads are averaged first, because the formulas are written for one attention matrix; of that, no
+    more is held than a head's `ROW_BLOCK` of these rows.
+
+    Args:
+        projected: of the layer.
+        rows: bool `[B, T]`, whose attention it is. Text in front of an image, which does not see
+            it, may be among them: it only scales what is found for the image by a constant.
+        real: bool `[B, T]`, False at padding.
     """
-    _, heads, tokens, _ = projected.query.shape
-    key = projected.key.repeat_interleave(heads // projected.key.shape[1], dim=1)
-    rows = torch.stack([visual, text], dim=1).float()
-    rows = rows / rows.sum(dim=-1, keepdim=True).clamp(min=1)
-    padding = ~(visual | text)[:, None, :]
+    _, heads, tokens, width = projected.query.shape
+    sharing = heads // projected.key.shape[1]
+    count = rows.sum(dim=1)
+    # Those rows first, in their order; of a sample with fewer, some that count for nothing.
+    index = rows.to(torch.uint8).argsort(dim=1, descending=True, stable=True)
+    index = index[:, : int(count.max())]
+    weights = rows.gather(1, index).float() / count[:, None].clamp(min=1)
     positions = torch.arange(tokens, device=rows.device)
     # Not -inf: a padding row in front has no column at all, and its nan would spoil the means.
     lowest = torch.finfo(torch.float32).min
-    means = torch.zeros_like(rows)
+    total = torch.zeros(rows.shape, device=rows.device)
     for head in range(heads):
-        k = key[:, head].float().transpose(1, 2) * projected.scaling
-        for start in range(0, tokens, ROW_BLOCK):
-            block = slice(start, start + ROW_BLOCK)
-            logits = projected.query[:, head, block].float() @ k
-            hide = padding | (positions[None, :] > positions[block, None])
-            attention = logits.masked_fill_(hide, lowest).softmax(dim=-1)
-            means += rows[:, :, block] @ attention
-    from_visual, from_text = (means / heads).unbind(dim=1)
-    alone = ~(asking(visual, text) & text).any(dim=1, keepdim=True)
-    from_text = torch.where(alone, from_visual, from_text)
-    return from_visual * visual, from_text * visual
+        k = projected.key[:, head // sharing].float().transpose(1, 2) * projected.scaling
+        for start in range(0, index.shape[1], ROW_BLOCK):
+            block = index[:, start : start + ROW_BLOCK, None]
+            query = projected.query[:, head].gather(1, block.expand(-1, -1, width))
+            hide = ~real[:, None, :] | (positions > block)
+            logits = (query.float() @ k).masked_fill_(hide, lowest)
+            part = weights[:, None, start : start + ROW_BLOCK] @ logits.softmax(dim=-1)
+            total += part[:, 0]
+    return total / heads
