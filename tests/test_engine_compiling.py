@@ -22,6 +22,9 @@ from alvts_cli.engine.scorer import SelectorScorer
 make_model = partial(tiny.make_model, layers=2)
 make_selectors = partial(tiny.make_selectors, layers=2)
 
+# What is compiled is the decoder, and LLaVA-NeXT's is LLaVA's.
+DECODERS = [family for family in FAMILIES if family != "llava_next"]
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
@@ -36,7 +39,7 @@ def prompt(model, family, tokens=12, seed=0):
     return make_inputs(model, one)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_one_graph_and_the_same_bits(family):
     """fullgraph=True raises at a graph break. New text lengths compile once more, all together."""
     model = make_model(family)
@@ -174,7 +177,7 @@ def test_a_hook_that_comes_later_keeps_what_it_sees():
     assert [graph.count("index_put_") for graph in graphs] == [2, 1]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DECODERS)
 def test_decoding_is_one_graph_for_caches_of_all_lengths(family):
     """Of the first token's lengths, then of any: other prompts and longer answers need no more."""
     model, selectors = (make(family, layers=3) for make in (make_model, make_selectors))
