@@ -303,6 +303,41 @@ def test_what_a_cuda_graph_leaves_behind_outlives_the_next_prefill(mode):
     assert modes == [mode, without[mode]]
 
 
+@pytest.mark.parametrize(
+    ("asked", "decoding"),
+    [
+        ({"backend": "cudagraphs"}, {"backend": "aot_eager"}),
+        (
+            {"options": {"triton.cudagraphs": True, "shape_padding": False}},
+            {"options": {"triton.cudagraphs": False, "shape_padding": False}},
+        ),
+        ({"options": {"shape_padding": False}}, None),
+    ],
+)
+def test_whatever_asks_for_cuda_graphs_is_copied_out_of_them(asked, decoding, monkeypatch):
+    """And a decoded token, which would be another graph at every length, runs without."""
+    model = make_model("llava")
+    made, held = [], []
+
+    def compile_nothing(function, **options):
+        made.append(options)
+
+        def run(*args):
+            output = function(*args)
+            held.append(output.last_hidden_state)
+            return output
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    with torch.no_grad(), attach(model, make_selectors(), 4, compile=asked):
+        output = model.model(**prompt(model, "llava"))
+    assert made == [{"fullgraph": True, **one} for one in (asked, decoding or asked)]
+    assert torch.equal(output.last_hidden_state, held[0])
+    shared = output.last_hidden_state.data_ptr() == held[0].data_ptr()
+    assert shared == (decoding is None)
+
+
 def test_a_forward_that_fails_leaves_the_model_to_other_threads():
     model = make_model("llava")
     inputs = prompt(model, "llava")

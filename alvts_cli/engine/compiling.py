@@ -13,9 +13,10 @@ the second token for all lengths.
 Only a prefill with visual tokens into an empty cache is compiled, and single tokens behind a
 filled one. Later turns of several tokens and text-only prompts run as ever.
 
-With `mode="reduce-overhead"` a prefill runs as a CUDA graph, one for every number of tokens, and
-what it leaves behind is copied out of the graph's memory, which the next prefill writes to. A
-decoded token runs compiled without one: its caches grow, and every length would be another graph.
+With `mode="reduce-overhead"`, or whatever else asks for them, a prefill runs as a CUDA graph, one
+for every number of tokens, and what it leaves behind is copied out of the graph's memory, which the
+next prefill writes to. A decoded token runs compiled without one: its caches grow, and every length
+would be another graph.
 """
 
 import types
@@ -34,6 +35,9 @@ State = TypeVar("State")
 
 _WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 """Modes of `torch.compile` that make CUDA graphs, and the same ones without."""
+
+_INDUCTOR_GRAPHS = "triton.cudagraphs"
+"""Inductor's option that asks for them."""
 
 
 def usual_options(device: torch.device) -> Mapping[str, Any]:
@@ -80,9 +84,9 @@ def compile_decoder(
         graph: Callable[..., Any] = torch.compile(fresh, fullgraph=True, **options)
         return graph
 
-    graphs = options.get("mode") in _WITHOUT_GRAPHS
-    mode = {"mode": _WITHOUT_GRAPHS[options["mode"]]} if graphs else {}
-    prefill, decode = compiled(options), compiled({**options, **mode})
+    without = _without_graphs(options)
+    graphs = without is not None
+    prefill, decode = compiled(options), compiled(options if without is None else without)
 
     @wraps(plain)
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -118,6 +122,18 @@ def compile_decoder(
 
     decoder.forward = forward
     return restore
+
+
+def _without_graphs(options: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The same options of `torch.compile` without CUDA graphs; None where they ask for none."""
+    if options.get("mode") in _WITHOUT_GRAPHS:
+        return {**options, "mode": _WITHOUT_GRAPHS[options["mode"]]}
+    if options.get("backend") == "cudagraphs":
+        return {**options, "backend": "aot_eager"}
+    inductor = options.get("options") or {}
+    if inductor.get(_INDUCTOR_GRAPHS):
+        return {**options, "options": {**inductor, _INDUCTOR_GRAPHS: False}}
+    return None
 
 
 def keep_in_place(selectors: Sequence[Any], pieces: Any) -> None:

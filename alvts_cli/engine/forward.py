@@ -336,7 +336,8 @@ class Forward:
         policy, plan = self._pieces.policy, self.plan
         choice = self._choice
         if choice is not None and not (policy.every and i - choice.layer >= policy.every):
-            if choice.scores is not None and choice.scores.device != hidden.device:
+            assert choice.scores is not None, "those without are not kept here"
+            if choice.scores.device != hidden.device:
                 choice.move(hidden.device)
             return choice
         plan.compares = policy.quality is not None
