@@ -57,8 +57,8 @@ def calibrate(
         typer.Option(
             min=3,
             max=MOST,
-            help="Drawn at random; a quarter measures, the rest fits. Default: "
-            f"{FITTED}; {CHECKED} with --check.",
+            help="Drawn at random; a quarter measures, the rest fits; with --check and --repick "
+            f"all measure. Default: {FITTED}; {CHECKED} with --check.",
         ),
     ] = None,
     form: Annotated[
@@ -127,19 +127,19 @@ def calibrate(
     if named is not None:
         fits = {"--form": form != "alvts", "--rank": rank, "--resume": resume}
         _refuse({**fits, "--out": check and out}, "--check" if repick is None else "--repick")
-        from .calibrate_fitted import Asked
+        from .calibrate_fitted import Request
 
         source = _source(data, image_folder, columns)
         count = samples or (FITTED if check is None else CHECKED)
-        asked = Asked(named, model, device, dtype, trust_remote_code, source, count, seed)
+        request = Request(named, model, device, dtype, trust_remote_code, source, count, seed)
         if check is None:
             from .calibrate_repick import repick_policies
 
-            repick_policies(asked, output)
+            repick_policies(request, output)
         else:
             from .calibrate_check import check_selectors
 
-            if not check_selectors(asked, json_file):
+            if not check_selectors(request, json_file):
                 raise typer.Exit(1)
         return
     samples = samples or FITTED

@@ -10,7 +10,7 @@ from calibration.check import CHANCE, LOSS, Check, check, recorded
 
 from ..files import check_writable, is_stdout, write_whole
 from ..terminal import console, say
-from .calibrate_fitted import Asked, load_fitted
+from .calibrate_fitted import Request, load_fitted
 from .options import print_skipped
 
 CHECK_NOTE = (
@@ -22,12 +22,12 @@ CHECK_NOTE = (
 """What the figures of `check_table` are."""
 
 
-def check_selectors(asked: Asked, json_file: Path | None) -> bool:
+def check_selectors(request: Request, json_file: Path | None) -> bool:
     """Measure, print what came of it with the verdict as the last line, and return whether the
     selectors still serve.
 
     Args:
-        asked: which selectors, on what.
+        request: which selectors, on what.
         json_file: where everything measured goes too, or None.
 
     Raises:
@@ -36,10 +36,10 @@ def check_selectors(asked: Asked, json_file: Path | None) -> bool:
     if json_file is not None:
         check_writable(json_file)
     aside = json_file is not None and is_stdout(json_file)
-    fitted = load_fitted(asked, recorded)
+    fitted = load_fitted(request, recorded)
     path, artifact, loaded, group = fitted.path, fitted.artifact, fitted.loaded, fitted.group
     artifact.check_model(loaded.model, loaded.name, other_weights=True)
-    with fitted.watch(asked.samples) as watch:
+    with fitted.watch(request.samples) as watch:
         found = check(
             loaded.model, loaded.processor, artifact, fitted.reader, watch=watch, group=group
         )

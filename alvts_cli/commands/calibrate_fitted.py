@@ -18,7 +18,7 @@ from ..terminal import bars, console
 
 
 @dataclass(frozen=True)
-class Asked:
+class Request:
     """The options of `alvts calibrate` that say what is measured.
 
     Attributes:
@@ -77,22 +77,22 @@ class Fitted:
             yield Watch(sample=on_sample, skipped=self.refused.append, trial=on_trial)
 
 
-def load_fitted(asked: Asked, check: Callable[[Artifact], object]) -> Fitted:
+def load_fitted(request: Request, check: Callable[[Artifact], object]) -> Fitted:
     """Everything that is needed, the smallest first.
 
     Args:
-        asked: for what.
+        request: for what.
         check: raises where the selectors will not do, before a model is loaded.
 
     Raises:
         AlvtsError: whatever of all this cannot be had.
     """
-    path = selectors_file(asked.selectors)
+    path = selectors_file(request.selectors)
     artifact = load_artifact(path)
     check(artifact)
-    reader = read_data(asked.source, asked.samples, (asked.seed + 1) % 2**32)
-    group = join(asked.device)
-    loaded = load_model(asked.model, asked.device, asked.dtype, asked.trust_remote_code)
+    reader = read_data(request.source, request.samples, (request.seed + 1) % 2**32)
+    group = join(request.device)
+    loaded = load_model(request.model, request.device, request.dtype, request.trust_remote_code)
     words = console(error=True)
     words.quiet = words.quiet or not group.first
     return Fitted(path, artifact, reader, group, loaded, words)

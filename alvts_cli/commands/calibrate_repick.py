@@ -9,16 +9,16 @@ from ..artifact import save_artifact
 from ..files import check_writable, locked
 from ..spread import join
 from ..terminal import console
-from .calibrate_fitted import Asked, load_fitted
+from .calibrate_fitted import Request, load_fitted
 from .fit_tables import POLICY_NOTE, policy_table
 from .options import print_skipped
 
 
-def repick_policies(asked: Asked, output: Path) -> None:
+def repick_policies(request: Request, output: Path) -> None:
     """Try, pick, write, and print what was tried.
 
     Args:
-        asked: which selectors, on what.
+        request: which selectors, on what.
         output: written whole, by one process at a time.
 
     Raises:
@@ -26,16 +26,16 @@ def repick_policies(asked: Asked, output: Path) -> None:
     """
     check_writable(output, regular=True)
     with ExitStack() as held:
-        if join(asked.device).first:
+        if join(request.device).first:
             held.enter_context(locked(output, "a calibration"))
-        _repick(asked, output)
+        _repick(request, output)
 
 
-def _repick(asked: Asked, output: Path) -> None:
-    fitted = load_fitted(asked, check_pickable)
+def _repick(request: Request, output: Path) -> None:
+    fitted = load_fitted(request, check_pickable)
     loaded, group = fitted.loaded, fitted.group
     fitted.artifact.check_model(loaded.model, loaded.name)
-    with fitted.watch(asked.samples) as watch:
+    with fitted.watch(request.samples) as watch:
         artifact = repick(
             loaded.model,
             loaded.processor,
