@@ -137,18 +137,18 @@ def align(
 
 
 def collate(batch: Sequence[Target], device: torch.device) -> Target:
-    """Several targets of one sample each as one on `device`, padded on the right."""
+    """Several targets as one on `device`, padded on the right."""
     longest = max(target.visual.shape[1] for target in batch)
     rows = max(target.index.shape[1] for target in batch)
 
     def put(tensors: Sequence[Tensor], dim: int, size: int) -> Tensor:
         """Padded along `dim` to `size`, one behind the other."""
-        shape = list(tensors[0].shape)
-        shape[0], shape[dim] = len(tensors), size
-        whole = torch.zeros(shape, dtype=tensors[0].dtype, device=device)
-        for row, tensor in enumerate(tensors):
-            whole[row].narrow(dim - 1, 0, tensor.shape[dim]).copy_(tensor[0])
-        return whole
+        padded = []
+        for tensor in tensors:
+            missing = size - tensor.shape[dim]
+            width = [0, 0] * (tensor.dim() - 1 - dim) + [0, missing]
+            padded.append(torch.nn.functional.pad(tensor.to(device), width))
+        return torch.cat(padded)
 
     def put_all(name: str) -> Tensor:
         return put([getattr(target, name) for target in batch], 1, longest)

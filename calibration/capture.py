@@ -149,9 +149,5 @@ def run_layer(
 def on_device(layer: Any, samples: Sequence[Captured]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """Hidden states `[B, T, D]` and positions of samples of one length on the device of `layer`."""
     device = where(layer.input_layernorm)[0]
-    if len(samples) == 1:
-        (one,) = samples
-        cos, sin = one.positions
-        return one.hidden.to(device), (cos.to(device), sin.to(device))
     cos, sin = (torch.cat([one.positions[i] for one in samples]).to(device) for i in range(2))
     return torch.cat([one.hidden for one in samples]).to(device), (cos, sin)

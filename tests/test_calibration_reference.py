@@ -7,17 +7,16 @@ import pytest
 import torch
 from tiny import FAMILIES, LAYERS, Prompt, make_inputs, make_model, one_image
 
-from alvts_cli.engine.probe import attention_importance, project
+from alvts_cli.engine.probe import attention_importance, attention_mean, project
 from alvts_cli.families import family_of
 from calibration.capture import Captured, advance, alike, capture
 from calibration.sweep import _targets
 
 
-def naive(attention: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
-    """The formula on `[1, H, T, T]`, with the heads averaged first."""
+def naive(attention: torch.Tensor, visual: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The mean over `rows` of `[1, H, T, T]`, with the heads averaged first; 0 where not visual."""
     mean = attention[0].float().mean(dim=0)
-    v = visual[0]
-    return torch.where(v, mean[~v].mean(dim=0), 0.0)[None]
+    return torch.where(visual, mean[rows[0]].mean(dim=0), 0.0)
 
 
 def reference_importance(layer: Any, sample: Captured) -> torch.Tensor:
@@ -42,7 +41,12 @@ def test_equals_the_models_own_attention(family: str, attn: str) -> None:
         sample = capture(model, inputs)
         for i in range(LAYERS):
             found = reference_importance(layers[i], sample)
-            expected = naive(told.attentions[i], sample.visual)
+            visual, real = sample.visual, torch.ones_like(sample.visual)
+            projected = project(layers[i], sample.hidden, sample.positions)
+            of_visual = attention_mean(projected, visual, real) * visual
+            wanted = naive(told.attentions[i], visual, visual)
+            torch.testing.assert_close(of_visual, wanted, rtol=1e-4, atol=1e-10)
+            expected = naive(told.attentions[i], visual, ~visual)
             assert (expected > 0).sum() == sample.visual.sum()
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-10)
             advance(layers[i], i, attn, [sample])
