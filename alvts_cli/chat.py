@@ -16,7 +16,7 @@ from .engine import attach, new_cache
 from .errors import AlvtsError
 from .families import family_of
 from .models import Loaded
-from .prompts import process, render, user_turn
+from .prompts import assistant_turn, process, render, user_turn
 
 
 @dataclass(frozen=True)
@@ -131,8 +131,7 @@ class Chat:
         reply, new = self._generate({**given, **cache}, on_tokens, tokens - ready)
         self._inputs = _longer(inputs, new)
         self._cache, self._rendered, self._answer = cache, rendered, reply.text
-        said = {"role": "assistant", "content": [{"type": "text", "text": reply.text}]}
-        self._turns = [*turns, said]
+        self._turns = [*turns, assistant_turn(reply.text)]
         return reply
 
     def _generate(

@@ -127,6 +127,11 @@ def user_turn(processor: Any, prompt: str, images: int, videos: int = 0) -> dict
     return {"role": "user", "content": parts}
 
 
+def assistant_turn(answer: str) -> dict[str, Any]:
+    """What the model said, as chat templates take it."""
+    return {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+
+
 def process(
     processor: Any,
     images: Sequence[Image.Image],

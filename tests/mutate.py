@@ -30,8 +30,9 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 ENGINE = "alvts_cli/engine"
 
-SECONDS = 60
-"""Of processor time until a mutant counts as one that never ends."""
+SECONDS, TIMES = 60, 3
+"""Of processor time until a mutant counts as one that never ends: these, or so many times what the
+tests take without it, where that is more."""
 
 
 _PIECES = "test_engine_pieces:not compiled"
@@ -226,12 +227,13 @@ def _shown(node: ast.AST) -> str:
     return ast.unparse(node).partition("\n")[0]
 
 
-def run_tests(folder: Path, module: str) -> int:
+def run_tests(folder: Path, module: str, seconds: int) -> int:
     """Run the tests of a module in a process of their own.
 
     Args:
         folder: the copy of the tree.
         module: of the engine.
+        seconds: of processor time that they may take.
 
     Returns:
         pytest's exit code, or the signal that ended it below 0.
@@ -240,7 +242,7 @@ def run_tests(folder: Path, module: str) -> int:
     if not child:
         code = 1
         try:
-            code = _in_child(folder, module)
+            code = _in_child(folder, module, seconds)
         finally:
             # Whatever happens, it does not go on as if it were the parent.
             os._exit(code)
@@ -248,11 +250,11 @@ def run_tests(folder: Path, module: str) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def _in_child(folder: Path, module: str) -> int:
+def _in_child(folder: Path, module: str, seconds: int) -> int:
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS + 5))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     os.chdir(folder)
     sys.path[:0] = [str(folder), str(folder / "tests")]
     import pytest
@@ -311,10 +313,12 @@ def main() -> None:
         if unknown := {Path(one.file).name for one in found} - set(TESTS):
             sys.exit(f"no tests are named for {', '.join(sorted(unknown))}")
         # First the engine as it is: tests that fail on that would kill everything.
+        limits: dict[str, int] = {}
         for name in () if asked.skip_check else sorted(set(files) & set(TESTS)):
             began = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
-            code = run_tests(folder, name)
+            code = run_tests(folder, name, 10 * SECONDS)
             took = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - began
+            limits[name] = max(SECONDS, round(TIMES * took))
             print(f"{name}: {took:.1f} s of processor time", flush=True)
             if code:
                 sys.exit(f"the tests of {name} fail without any change")
@@ -325,7 +329,7 @@ def main() -> None:
             path = folder / mutant.file
             original = path.read_text()
             path.write_text(mutant.source)
-            code = run_tests(folder, path.name)
+            code = run_tests(folder, path.name, limits.get(path.name, SECONDS))
             path.write_text(original)
             told = f"{mutant.file}:{mutant.line}: {mutant.before}  ->  {mutant.after}"
             if code == 0:

@@ -37,6 +37,16 @@ def test_pocket_asks_every_kind_as_often():
     assert data.items[0].images()[0].size == (192, 192)
 
 
+def test_turns_ask_what_pocket_asks_behind_two_other_questions():
+    data, alone = (read_data(Source(name), 21, 0) for name in ("pocket-turns", "pocket"))
+    assert (len(data.items), data.scoring, data.max_new_tokens) == (21, "exact", 4)
+    for one, single in zip(data.items, alone.items, strict=True):
+        assert (one.question, one.answers) == (single.question, single.answers)
+        assert one.images()[0].tobytes() == single.images()[0].tobytes()
+        assert len({one.question, *(question for question, _ in one.earlier)}) == 3
+        assert not single.earlier
+
+
 def test_scenes_to_be_described():
     data = read_data(Source("pocket-described"), 5, 0)
     assert (len(data.items), data.scoring, data.max_new_tokens) == (5, "phrases", 64)

@@ -13,7 +13,7 @@ from alvts_cli.artifact import load_artifact, save_artifact
 from alvts_cli.batches import collate
 from alvts_cli.bench.timing import Generated
 from alvts_cli.data import Source
-from alvts_cli.engine import Selection, prefill_flops
+from alvts_cli.engine import Selection, new_cache, prefill_flops
 from alvts_cli.errors import AlvtsError
 from alvts_cli.evaluate import run as run_module
 from alvts_cli.evaluate import times
@@ -86,6 +86,53 @@ def test_outcomes(loaded, kept):
             other.log_softmax(-1), logits.log_softmax(-1), reduction="sum", log_target=True
         )
         assert one["random@64"].kl == pytest.approx(float(expected), rel=1e-3, abs=1e-5)
+
+
+def test_a_later_turn_goes_on_with_the_cache_of_the_first(loaded, kept):
+    data = read_data(Source("pocket-turns"), 7, 0)
+    model, processor = loaded.model, loaded.processor
+    results = evaluate(make_plan(loaded, **{"random-static": 64}), data, kept({}), nothing)
+    for one, item in zip(results, data.items, strict=True):
+        said = [f"USER: <image>\n{item.earlier[0][0]} ASSISTANT:"]
+        said += [f" {item.earlier[0][1]}</s>USER: {item.earlier[1][0]} ASSISTANT:"]
+        said += [f" {item.earlier[1][1]}</s>USER: {item.question} ASSISTANT:"]
+        first, whole = (
+            processor(images=item.images(), text=[text], return_tensors="pt")
+            for text in (said[0], "".join(said))
+        )
+        read, text = first["input_ids"].shape[1], whole["input_ids"].shape[1]
+        with torch.inference_mode():
+            dense = model.generate(**whole, max_new_tokens=4, do_sample=False)
+        assert one[DENSE].answer == processor.decode(dense[0, text:], skip_special_tokens=True)
+        assert one["random-static@64"].kept == ((64, DEPTH),)
+        assert one["random-static@64"].slots == DEPTH * (read - 256 + 64)
+        method, past = make_method("random-static"), new_cache(model.model.language_model)
+        with torch.inference_mode(), method.attached(model, 64, [item.id]):
+            model(**first, **past)
+            ids = whole["input_ids"][:, read:]
+            logits = model(input_ids=ids, **past).logits[0, -1]
+        with torch.inference_mode():
+            expected = torch.nn.functional.kl_div(
+                logits.log_softmax(-1),
+                model(**whole).logits[0, -1].log_softmax(-1),
+                reduction="sum",
+                log_target=True,
+            )
+        assert one["random-static@64"].kl == pytest.approx(float(expected), rel=1e-2, abs=1e-5)
+    assert any(one["random-static@64"].kl > 1e-4 for one in results)
+
+
+def test_conversations_that_cannot_go_on_are_refused(loaded, kept, monkeypatch):
+    data = read_data(Source("pocket-turns"), 7, 0)
+    plan = make_plan(loaded)
+    with monkeypatch.context() as patched:
+        patched.setattr(loaded.model.config.text_config, "max_position_embeddings", 280)
+        with pytest.raises(AlvtsError, match=r"the conversation of scene 0 makes 2\d+ tokens"):
+            evaluate(plan, data, kept({"long": 1}), nothing)
+    counted = "{{ messages | length }} <image> x"
+    monkeypatch.setattr(loaded.processor, "chat_template", counted, raising=False)
+    with pytest.raises(AlvtsError, match="writes the first turn in another way"):
+        evaluate(plan, data, kept({"template": 1}), nothing)
 
 
 def test_an_interrupted_run_goes_on_and_ends_the_same(loaded, kept):

@@ -56,10 +56,11 @@ def evaluate(
     data: Annotated[
         list[str],
         typer.Option(
-            help="'pocket' (held-out scenes), 'pocket-described' (the same, for models that "
-            "can describe them), 'easy-vqa'; a .json, .jsonl, .csv or .parquet file; "
-            "a folder of images with prompts.jsonl or metadata.csv; a data set of the hub: ID, "
-            "ID:SPLIT or ID:CONFIG:SPLIT; repeatable."
+            help="'pocket' (held-out scenes), 'pocket-turns' (the same, each behind two other "
+            "questions of one conversation), 'pocket-described' (for models that can describe "
+            "them), 'easy-vqa'; a .json, .jsonl, .csv or .parquet file; a folder of images with "
+            "prompts.jsonl or metadata.csv; a data set of the hub: ID, ID:SPLIT or "
+            "ID:CONFIG:SPLIT; repeatable."
         ),
     ] = ["pocket"],  # noqa: B006 - typer reads the default, nobody writes to it
     image_folder: ImageFolderOption = None,
@@ -337,7 +338,7 @@ def _find_selectors(loaded: "Loaded") -> Path:
 def _store(facts: dict[str, Any], questions: "DataSet", group: "Group") -> "Store":
     from ..evaluate.store import Store
 
-    asked = [(item.id, item.question, item.answers) for item in questions.items]
+    asked = [(i.id, i.earlier, i.question, i.answers) for i in questions.items]
     return Store({**facts, "data": questions.name, "asked": asked}, group)
 
 

@@ -1,6 +1,8 @@
-"""Questions about pictures with right answers: what `alvts_cli.data` reads, and three test sets.
+"""Questions about pictures with right answers: what `alvts_cli.data` reads, and four test sets.
 
 - `pocket` is rendered scenes of the test split, the same number of each kind of question;
+- `pocket-turns` asks the same of the same scenes, each behind two other questions and their right
+  answers;
 - `pocket-described` asks for all that is in a scene (smol learnt that, pocket did not);
 - `easy-vqa` is the public set's test split (the package `easy-vqa`).
 """
@@ -20,8 +22,11 @@ from .scoring import suitable
 LONG = 16
 """Tokens of the longest answer of a set that is read."""
 
-OWN = {"pocket": 4, "pocket-described": 64, "easy-vqa": 4}
+OWN = {"pocket": 4, "pocket-turns": 4, "pocket-described": 64, "easy-vqa": 4}
 """The test sets that are not read but made here, and the tokens of their longest answers."""
+
+EARLIER = 2
+"""Turns in front of a question of `pocket-turns`."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Item:
         question: the user's words; `<image>` says where an image stands, first by default.
         answers: right ones.
         images: reads the pictures, RGB; raises AlvtsError if one is broken.
+        earlier: questions about the same pictures with their answers, said before in the same
+            conversation.
     """
 
     id: str
@@ -41,6 +48,7 @@ class Item:
     question: str
     answers: tuple[str, ...]
     images: Callable[[], list[Image.Image]]
+    earlier: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,8 +109,9 @@ def _made(data: str, samples: int) -> list[Item]:
         return "color" if answer in COLORS else "shape"
 
     scenes = data != "easy-vqa"
-    if data == "pocket":
-        found = scene_items("test", max(1, samples // len(KINDS)))
+    if data in ("pocket", "pocket-turns"):
+        earlier = 0 if data == "pocket" else EARLIER
+        found = scene_items("test", max(1, samples // len(KINDS)), earlier)
     else:
         found = described_items("test", samples) if scenes else easy_items(samples)
     return [
@@ -112,6 +121,7 @@ def _made(data: str, samples: int) -> list[Item]:
             one.question,
             (one.answer,),
             partial(list, [one.image]),
+            one.earlier,
         )
         for i, one in enumerate(found)
     ]

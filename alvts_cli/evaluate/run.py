@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..batches import collate, end_token
-from ..engine import Prefill, Selection, prefill_flops
+from ..batches import end_token
+from ..engine import Prefill, Selection, new_cache, prefill_flops
 from ..errors import AlvtsError
 from ..families import family_of
 from ..families.vision import seen_once
 from ..methods.base import Method
 from ..models import Loaded
-from ..prompts import build_inputs
 from ..spread import Group
 from .data import DataSet, Item
+from .preparing import Prepared, Preparing
 from .store import Store
 
 GREY = (128, 128, 128)
@@ -75,7 +75,8 @@ class Outcome:
         answer: what the model said.
         kl: `KL(dense || this)` of the distributions of the answer's first token, in nats.
         kept: visual tokens by layer, as `(count, layers)` one after the other.
-        flops: of the prefill: decoder layers and selectors.
+        flops: of the prefill: decoder layers and selectors. Of a conversation, here and in `slots`,
+            the prefill of the turn that the pictures come with.
         slots: tokens in the KV cache after prefill, all layers together.
     """
 
@@ -171,36 +172,19 @@ def _batch(
     return [{label: column[i] for label, column in results.items()} for i in range(len(items))]
 
 
-class Preparing:
-    """Makes a batch of inputs for the items, with whatever pictures."""
-
-    def __init__(self, loaded: Loaded, items: Sequence[Item], max_new_tokens: int) -> None:
-        self._loaded = loaded
-        self._items = items
-        text = loaded.model.config.text_config
-        self._longest = text.max_position_embeddings - max_new_tokens
-
-    def __call__(self, pictures: Sequence[list[Image.Image]]) -> dict[str, Tensor]:
-        loaded = self._loaded
-        samples = [
-            build_inputs(loaded.processor, images, item.question, self._longest).to(
-                loaded.device, loaded.dtype
-            )
-            for item, images in zip(self._items, pictures, strict=True)
-        ]
-        return collate(samples, end_token(loaded.model, loaded.processor.tokenizer))
-
-
 def _generate(
     plan: Plan,
     method: Method,
     budget: int | float,
-    inputs: dict[str, Tensor],
+    prepared: Prepared,
     items: Sequence[Item],
     data: DataSet,
     reference: Tensor | None,
 ) -> tuple[list[Outcome], Tensor]:
     """Answer a batch greedily.
+
+    A later turn goes on with the KV cache of the one that the pictures came with, as a conversation
+    does: what its layers see of them is what each chose for the first question.
 
     Args:
         reference: log-probabilities of the dense model, or None if this is it.
@@ -209,21 +193,27 @@ def _generate(
         The outcomes, and the log-probabilities `[B, V]` of the first token.
     """
     model, tokenizer = plan.loaded.model, plan.loaded.processor.tokenizer
+    how = {"do_sample": False, "num_beams": 1, "pad_token_id": end_token(model, tokenizer)}
+    given: dict[str, Any] = prepared.inputs
     with method.attached(model, budget, [item.id for item in items]) as attachment:
+        if prepared.later is not None:
+            cache = new_cache(family_of(model).text_model(model))
+            # Of the token it makes nothing is kept: it is not in the cache.
+            model.generate(**given, **cache, **how, max_new_tokens=1)
+            given = {**prepared.whole(), **cache}
+        kept = attachment.last
         output = model.generate(
-            **inputs,
-            do_sample=False,
-            num_beams=1,
+            **given,
+            **how,
             max_new_tokens=data.max_new_tokens,
-            pad_token_id=end_token(model, tokenizer),
             return_dict_in_generate=True,
             output_logits=True,
         )
-        kept = attachment.last
+        kept = kept or attachment.last
     if kept is None:
         raise AlvtsError(f"the processor made no visual tokens of the images of {items[0].id}")
     said = tokenizer.batch_decode(
-        output.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        output.sequences[:, given["input_ids"].shape[1] :], skip_special_tokens=True
     )
     first = output.logits[0].float().log_softmax(dim=-1)
     divergence = torch.zeros(len(items))
@@ -231,7 +221,7 @@ def _generate(
         # A token that the dense model rules out adds nothing.
         terms = (reference.exp() * (reference - first)).nan_to_num(nan=0.0)
         divergence = terms.sum(dim=-1).clamp(min=0)
-    tokens = inputs["attention_mask"].sum(dim=1).tolist()
+    tokens = prepared.inputs["attention_mask"].sum(dim=1).tolist()
     costs = _costs(model, kept, tokens, method)
     return [
         Outcome(answer.strip(), kl, *cost)

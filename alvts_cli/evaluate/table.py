@@ -134,6 +134,7 @@ def to_json(
         {
             "id": item.id,
             "kind": item.kind,
+            **({"earlier": item.earlier} if item.earlier else {}),
             "question": item.question,
             "right": item.answers,
             "said": {

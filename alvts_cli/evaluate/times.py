@@ -8,7 +8,8 @@ from ..bench.timing import generate, in_turns
 from ..methods.base import Method
 from .data import DataSet, Item
 from .figures import Summary
-from .run import DENSE, Plan, Preparing
+from .preparing import Preparing
+from .run import DENSE, Plan
 
 ROUNDS = 10
 """Of turns, after one to warm up."""
@@ -55,11 +56,11 @@ def _prefill(
     prepare = Preparing(loaded, [item], data.max_new_tokens)
     pictures = item.images()
     if run is None:
-        return generate(loaded.model, prepare([pictures]), 1).prefill_ms
+        return generate(loaded.model, prepare([pictures]).inputs, 1).prefill_ms
     method, budget = run
     own = method.images(loaded.model, loaded.processor, pictures, budget)
     with method.attached(loaded.model, budget, [item.id]):
-        return generate(loaded.model, prepare([own]), 1).prefill_ms
+        return generate(loaded.model, prepare([own]).inputs, 1).prefill_ms
 
 
 def with_times(summary: Summary, times: dict[str, tuple[float, float, float]]) -> Summary:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from .easy import load_easy
-from .questions import KINDS, ask_kind, describe
+from .questions import KINDS, ask, ask_kind, describe
 from .scenes import CANVAS, make_scene, render, seed_of
 from .words import make_prompt
 
@@ -20,16 +20,19 @@ GREY = Image.new("RGB", (CANVAS, CANVAS), (128, 128, 128))
 
 @dataclass(frozen=True)
 class Item:
-    """One picture, one question, its answer."""
+    """One picture, one question, its answer; and questions with their answers that are said before
+    it."""
 
     kind: str
     image: Image.Image
     question: str
     answer: str
+    earlier: tuple[tuple[str, str], ...] = ()
 
 
-def scene_items(split: str, per_kind: int) -> Iterator[Item]:
-    """`per_kind` questions of each kind, each about a scene of its own, in a fixed order."""
+def scene_items(split: str, per_kind: int, earlier: int = 0) -> Iterator[Item]:
+    """`per_kind` questions of each kind, each about a scene of its own, in a fixed order; the same
+    ones however many other questions, `earlier`, are said before each."""
     index = 0
     for kind in KINDS:
         found = 0
@@ -40,7 +43,10 @@ def scene_items(split: str, per_kind: int) -> Iterator[Item]:
             asked = ask_kind(scene, kind, random.Random(f"questions {seed}"))
             if asked is not None:
                 found += 1
-                yield Item(kind, render(scene), asked.text, asked.answer)
+                others = ask(scene, earlier + 1, random.Random(f"earlier {seed}"))
+                before = [(one.text, one.answer) for one in others if one.text != asked.text]
+                said = tuple(before[:earlier])
+                yield Item(kind, render(scene), asked.text, asked.answer, said)
 
 
 def described_items(split: str, count: int) -> Iterator[Item]:
