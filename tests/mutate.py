@@ -47,6 +47,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "__init__.py": ("test_engine_keep", _WATCH),
     "attaching.py": (
         *("test_engine_calls", *_ATTACHED, "test_engine_buffer", "test_python_interface"),
+        *("test_engine_cache:named", "test_engine_keep:resolved_before"),
         *("test_engine_reference:recorded and llava-", "test_engine_pieces:looks"),
         *("test_engine_compiling:phases or told", _PAPER),
     ),

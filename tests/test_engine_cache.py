@@ -48,6 +48,18 @@ def test_other_caches_are_refused(model):
         assert "dynamic KV cache" in refused(lambda cache=cache: prepare_cache(cache, LAYERS))
 
 
+def test_of_a_wrong_cache_and_the_mask_that_comes_with_it_the_cache_is_named(model):
+    inputs = make_inputs(model, one_image("llava"))
+    tokens = inputs["input_ids"].shape[1]
+    given = {
+        **inputs,
+        "attention_mask": torch.ones(1, 1, tokens, tokens, dtype=torch.bool),
+        CACHE: StaticCache(config=model.config.text_config, max_cache_len=tokens),
+    }
+    with attach(model, make_selectors(), 0.25):
+        assert "dynamic KV cache" in refused(lambda: model(**given))
+
+
 def test_rolling_back_is_refused(model):
     inputs = make_inputs(model, one_image("llava"))
     with attach(model, make_selectors(), 0.25):

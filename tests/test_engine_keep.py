@@ -1,7 +1,8 @@
 import pytest
+from tiny import make_selectors
 
 from alvts_cli import AlvtsError
-from alvts_cli.engine import resolve_keep, spend
+from alvts_cli.engine import keep_of, resolve_keep, spend
 
 
 @pytest.mark.parametrize(
@@ -53,6 +54,11 @@ SCHEDULES = [[0.5, 0.125, 0.0, 0.0], [1.0, 0.75, 0.25, 0.0]]
 def counts(keep, tokens, layers=4):
     resolved = resolve_keep(keep, layers, SCHEDULES, 0.5)
     return [resolved.count(layer, tokens) for layer in range(layers)]
+
+
+def test_what_was_resolved_before_is_taken_as_it_is():
+    resolved = resolve_keep(64, 3)
+    assert keep_of(make_selectors(), resolved) is resolved
 
 
 def test_a_layer_average_is_spent_as_the_schedules_say():
