@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 NOW_AND_THEN = 30.0
 """Seconds between lines of progress where there is no terminal."""
 
+WHOLE = 1000
+"""Columns where there is no terminal: a file has room for whole tables."""
+
 _quiet = False
 _every = NOW_AND_THEN
 
@@ -68,7 +71,10 @@ def console(error: bool = False) -> "Console":
                 plain = segment.control or segment.text.isprintable()
                 yield segment if plain else Segment(safe(segment.text), segment.style)
 
-    return Safe(stderr=error, quiet=error and _quiet, markup=False, emoji=False, soft_wrap=error)
+    made = Safe(stderr=error, quiet=error and _quiet, markup=False, emoji=False, soft_wrap=error)
+    if not made.is_terminal:
+        made.width = WHOLE
+    return made
 
 
 def bars(console: "Console", *columns: Any) -> "Progress":

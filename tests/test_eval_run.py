@@ -21,11 +21,12 @@ from alvts_cli.evaluate.data import DataSet, read_data
 from alvts_cli.evaluate.figures import summarise
 from alvts_cli.evaluate.run import DENSE, Outcome, Plan, Run, evaluate
 from alvts_cli.evaluate.store import Store
-from alvts_cli.evaluate.table import figures_by_name, to_json
+from alvts_cli.evaluate.table import by_kind, figures_by_name, to_json, to_table
 from alvts_cli.methods import make_method
 from alvts_cli.methods.random import Random
 from alvts_cli.models import load_model
 from alvts_cli.prompts import build_inputs
+from alvts_cli.terminal import console
 
 
 @pytest.fixture(autouse=True)
@@ -316,6 +317,21 @@ def test_the_command(tmp_path, cache):
     assert not list((cache / "alvts" / "eval").iterdir())
     # Same seed, same table.
     assert alvts(*COMMAND, *SMALL, "--by-kind", *gate).stdout == out
+
+
+def test_on_a_narrow_terminal_it_still_says_whose_row_it_is(loaded):
+    data = read_data(Source("pocket"), 7, 0)
+    runs = [Run("pyramiddrop", "0.111"), Run("alvts", "0.111")]
+    results = [
+        {label: outcome("x") for label in ("dense", "blind", *(run.label for run in runs))}
+        for _ in data.items
+    ]
+    summary = summarise(data, results, runs, 0, loaded.model.config.text_config, 4)
+    narrow = console()
+    narrow.width = 60
+    with narrow.capture() as captured:
+        narrow.print(to_table(summary), by_kind(summary))
+    assert captured.get().count("pyramiddrop   0.111") == 2
 
 
 def test_fitted_methods_are_given_the_selectors_without_alvts_itself(tmp_path):

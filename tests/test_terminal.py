@@ -45,6 +45,20 @@ def test_tables_lines_and_texts_are_escaped(capsys: pytest.CaptureFixture[str]) 
     assert len({len(line) for line in frame}) == 1
 
 
+@pytest.mark.parametrize("error", [False, True])
+def test_a_file_gets_whole_tables(
+    error: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.table import Table
+
+    monkeypatch.setenv("COLUMNS", "80")
+    table = Table(*("x" * 30 for _ in range(10)))
+    table.add_row(*("y" * 30 for _ in range(10)))
+    console(error).print(table)
+    said = capsys.readouterr()
+    assert (said.err if error else said.out).count("y" * 30) == 10
+
+
 def test_a_terminal_still_gets_its_colours() -> None:
     out = console()
     out.file = io.StringIO()

@@ -167,7 +167,7 @@ def evaluate(
         words.print("note: the selectors were fitted on other weights than this model's")
     # What goes to standard output is JSON alone where that is asked for.
     aside = json_file is not None and is_stdout(json_file)
-    tables = _wide(console(aside))
+    tables = console(aside)
     tables.quiet = not group.first
     words.quiet = words.quiet or tables.quiet
     text_model: Any = family_of(loaded.model).text_model(loaded.model)
@@ -374,10 +374,3 @@ def _timed(words: Any, plan: "Plan", questions: "DataSet", summary: "Summary") -
     with bars(words) as progress:
         task = progress.add_task("prefills in turns", total=steps(plan))
         return with_times(summary, time_prefills(plan, questions, lambda: progress.advance(task)))
-
-
-def _wide(tables: Any) -> Any:
-    """Wide enough for the table where the output goes to a file."""
-    if not tables.is_terminal:
-        tables.width = 160
-    return tables

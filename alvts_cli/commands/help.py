@@ -1,6 +1,7 @@
 """What `--help` ends with: an example, and tables, as Markdown."""
 
 from collections.abc import Mapping
+from shutil import get_terminal_size
 from typing import Any
 
 from typer.core import TyperCommand
@@ -20,7 +21,10 @@ class Command(TyperCommand):
 
             from ..terminal import console
 
-            console().print(Padding(Markdown(epilog), (0, 1, 1, 1)))
+            out = console()
+            # Prose is broken into lines wherever it goes.
+            out.width = get_terminal_size().columns
+            out.print(Padding(Markdown(epilog), (0, 1, 1, 1)))
 
 
 def table(name: str, about: str, rows: Mapping[str, str]) -> str:

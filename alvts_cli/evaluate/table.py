@@ -25,11 +25,10 @@ _GROUPS = 4
 
 def to_table(summary: Summary) -> RenderableType:
     """Method by budget, under what the figures stand against."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("method", no_wrap=True)
+    table = _table("method", summary)
     timed = any(not math.isnan(row.figures["prefill_speedup"]) for row in summary.rows)
     columns = (
-        *("keep", "tokens", "by layer", "accuracy", "retention (95 %)", "over alvts (95 %)"),
+        *("tokens", "by layer", "accuracy", "retention (95 %)", "over alvts (95 %)"),
         *("agree", "KL", "FLOPs", "KV"),
         *(("prefill (95 %)",) if timed else ()),
     )
@@ -75,9 +74,7 @@ def to_table(summary: Summary) -> RenderableType:
 
 def by_kind(summary: Summary) -> RenderableType:
     """Accuracy per kind of question."""
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for column in ("accuracy, %", "keep"):
-        table.add_column(column, no_wrap=True)
+    table = _table("accuracy, %", summary)
     for kind in (*summary.kinds, "all"):
         table.add_column(kind, justify="right", no_wrap=True)
     heads = (*summary.kinds.values(), summary.head)
@@ -95,6 +92,23 @@ def by_kind(summary: Summary) -> RenderableType:
         budget = row.run.budget
         values = (*row.kinds.values(), row.figures["accuracy"])
         add(row.run.method, budget, [f"{value:.1f}" for value in values])
+    return table
+
+
+def _table(name: str, summary: Summary) -> Table:
+    """A table that begins with whose row it is: that is cut short on no terminal, however narrow.
+
+    Args:
+        name: of the first column, which holds the methods.
+        summary: whose rows there will be.
+    """
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column, values in (
+        (name, [row.run.method for row in summary.rows]),
+        ("keep", [row.run.budget for row in summary.rows]),
+    ):
+        longest = max(map(len, (column, *values)))
+        table.add_column(column, no_wrap=True, min_width=longest)
     return table
 
 
