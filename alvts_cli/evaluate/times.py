@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..bench.statistics import ratio
+from ..bench.statistics import ratio_by_round
 from ..bench.timing import generate, in_turns
 from ..methods.base import Method
 from .data import DataSet, Item
@@ -26,8 +26,8 @@ def time_prefills(
     """How many times faster than dense the language model's prefill is, batch of one.
 
     In every round dense and all runs take their turn on the same question, another one each round.
-    What a method does to choose is in its
-    time: on a small model, on this machine, it may be most of it.
+    What a method does to choose is in its time: on a small model, on this machine, it may be most
+    of it.
 
     Args:
         plan: of the runs.
@@ -35,7 +35,7 @@ def time_prefills(
         advance: called after every turn.
 
     Returns:
-        By the label of the run: the ratio of the medians and its 95 % bootstrap interval.
+        By the label of the run: `ratio_by_round`.
     """
     by_label = {run.label: made for run, made in plan.runs.items()}
     times: dict[str, list[float]] = {label: [] for label in (DENSE, *by_label)}
@@ -45,7 +45,8 @@ def time_prefills(
         if number:
             times[label].append(taken)
         advance()
-    return {label: ratio(times[DENSE], own) for label, own in times.items() if label != DENSE}
+    dense = times.pop(DENSE)
+    return {label: ratio_by_round(dense, own) for label, own in times.items()}
 
 
 def _prefill(
