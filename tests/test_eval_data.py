@@ -38,8 +38,8 @@ def test_pocket_asks_every_kind_as_often():
 
 
 def test_turns_ask_what_pocket_asks_behind_two_other_questions():
-    data, alone = (read_data(Source(name), 21, 0) for name in ("pocket-turns", "pocket"))
-    assert (len(data.items), data.scoring, data.max_new_tokens) == (21, "exact", 4)
+    data, alone = (read_data(Source(name), 140, 0) for name in ("pocket-turns", "pocket"))
+    assert (len(data.items), data.scoring, data.max_new_tokens) == (140, "exact", 4)
     for one, single in zip(data.items, alone.items, strict=True):
         assert (one.question, one.answers) == (single.question, single.answers)
         assert one.images()[0].tobytes() == single.images()[0].tobytes()

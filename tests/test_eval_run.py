@@ -92,7 +92,7 @@ def test_outcomes(loaded, kept):
 def test_a_later_turn_goes_on_with_the_cache_of_the_first(loaded, kept):
     data = read_data(Source("pocket-turns"), 7, 0)
     model, processor = loaded.model, loaded.processor
-    results = evaluate(make_plan(loaded, **{"random-static": 64}), data, kept({}), nothing)
+    results = evaluate(make_plan(loaded, fastv=128), data, kept({}), nothing)
     for one, item in zip(results, data.items, strict=True):
         said = [f"USER: <image>\n{item.earlier[0][0]} ASSISTANT:"]
         said += [f" {item.earlier[0][1]}</s>USER: {item.earlier[1][0]} ASSISTANT:"]
@@ -105,10 +105,10 @@ def test_a_later_turn_goes_on_with_the_cache_of_the_first(loaded, kept):
         with torch.inference_mode():
             dense = model.generate(**whole, max_new_tokens=4, do_sample=False)
         assert one[DENSE].answer == processor.decode(dense[0, text:], skip_special_tokens=True)
-        assert one["random-static@64"].kept == ((64, DEPTH),)
-        assert one["random-static@64"].slots == DEPTH * (read - 256 + 64)
-        method, past = make_method("random-static"), new_cache(model.model.language_model)
-        with torch.inference_mode(), method.attached(model, 64, [item.id]):
+        assert one["fastv@128"].kept == ((256, 1), (85, DEPTH - 1))
+        assert one["fastv@128"].slots == DEPTH * (read - 256) + 256 + 85 * 3
+        method, past = make_method("fastv"), new_cache(model.model.language_model)
+        with torch.inference_mode(), method.attached(model, 128, [item.id]):
             model(**first, **past)
             ids = whole["input_ids"][:, read:]
             logits = model(input_ids=ids, **past).logits[0, -1]
@@ -119,8 +119,8 @@ def test_a_later_turn_goes_on_with_the_cache_of_the_first(loaded, kept):
                 reduction="sum",
                 log_target=True,
             )
-        assert one["random-static@64"].kl == pytest.approx(float(expected), rel=1e-2, abs=1e-5)
-    assert any(one["random-static@64"].kl > 1e-4 for one in results)
+        assert one["fastv@128"].kl == pytest.approx(float(expected), rel=1e-2, abs=1e-5)
+    assert any(one["fastv@128"].kl > 1e-4 for one in results)
 
 
 def test_conversations_that_cannot_go_on_are_refused(loaded, kept, monkeypatch):
