@@ -201,6 +201,7 @@ def _generate(
             # Of the token it makes nothing is kept: it is not in the cache.
             model.generate(**given, **cache, **how, max_new_tokens=1)
             given = {**prepared.whole(), **cache}
+        # A later turn has no pictures to choose from.
         kept = attachment.last
         output = model.generate(
             **given,
