@@ -99,7 +99,8 @@ def _policies(artifact: Artifact) -> str:
     picked = {one.keep: one.policy for one in artifact.picked}
     rows = [
         f"| {t.keep:.0%} | {t.policy}{' **(picked)**' * (picked.get(t.keep) == t.policy)} "
-        f"| {t.same:.1%} | {t.loss:.3f} | {'-' if t.time is None else f'{1 / t.time:.2f}x'} |"
+        f"| {'' if t.dropped_after is None else '~'}{t.same:.1%} | {t.loss:.3f} "
+        f"| {'-' if t.time is None else f'{1 / t.time:.2f}x'} |"
         for t in trials
     ]
     return "\n".join(
@@ -108,7 +109,7 @@ def _policies(artifact: Artifact) -> str:
             f"Answers that are the dense model's own, token for token, on {record.samples_tried} "
             f"samples that were not fitted ({record.data_tried}), their loss (KL to the dense "
             "model's, in nats), and how many times as fast as the dense model's the prefill was on "
-            "the machine that calibrated:",
+            "the machine that calibrated. ~: dropped after the first samples, clearly behind:",
             "",
             "| keep | policy | same answers | loss | prefill |",
             "|---|---|---|---|---|",

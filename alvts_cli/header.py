@@ -64,6 +64,8 @@ class Trial:
             being 1; None in files from before 0.2, whose policies were picked by loss alone.
         capped: the same mean as `loss`, with no sample's above `calibration.answers.CAP`: what
             policies are picked by; None in files from before.
+        dropped_after: so many samples, which is what the figures are of, for it was clearly behind
+            others then; None where it was tried on all.
     """
 
     keep: float
@@ -72,6 +74,7 @@ class Trial:
     same: float
     time: Annotated[float, Field(gt=0)] | None = None
     capped: Annotated[float, Field(ge=0)] | None = None
+    dropped_after: Annotated[int, Field(gt=0)] | None = None
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,10 @@ class Group:
         """Whether a piece of work is this process's."""
         return number % self.size == self.rank
 
+    def number(self, own: int) -> int:
+        """Of this process's piece `own`, from 0, among those of all."""
+        return own * self.size + self.rank
+
     def gather(self, items: list[T]) -> list[T]:
         """The items of all processes, those of the first one first; the same list in each.
 

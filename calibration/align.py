@@ -147,7 +147,9 @@ def collate(batch: Sequence[Target], device: torch.device) -> Target:
         for tensor in tensors:
             missing = size - tensor.shape[dim]
             width = [0, 0] * (tensor.dim() - 1 - dim) + [0, missing]
-            padded.append(torch.nn.functional.pad(tensor.to(device), width))
+            moved = tensor.to(device)
+            # Where nothing is missing, too, it would be a copy.
+            padded.append(torch.nn.functional.pad(moved, width) if missing else moved)
         return torch.cat(padded)
 
     def put_all(name: str) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import fsum
 from typing import Any
 
 import torch
@@ -136,19 +137,12 @@ def _together(model: Any, batch: Sequence[Answered]) -> Together:
     return Together(inputs, torch.cat(rows), tuple(one.dense for one in batch))
 
 
-def kept_answers(
-    model: Any,
-    selectors: Selectors,
-    keep: float,
-    policy: Policy,
-    batches: Sequence[Together],
-    group: Group | None = None,
-) -> Kept:
-    """What is left of the dense model's answers under a policy: the means of `each_kept`, whose
-    arguments and errors these are."""
-    every = each_kept(model, selectors, keep, policy, batches, group)
-    loss, same = (sum(values) / len(every) for values in zip(*every, strict=True))
-    return Kept(loss, same, sum(min(loss, CAP) for loss, _ in every) / len(every))
+def mean_kept(every: Sequence[tuple[float, bool]]) -> Kept:
+    """The means of what `each_kept` found, the same in whatever order it is."""
+    losses = [loss for loss, _ in every]
+    same = sum(same for _, same in every)
+    capped = fsum(min(loss, CAP) for loss in losses)
+    return Kept(fsum(losses) / len(every), same / len(every), capped / len(every))
 
 
 @torch.no_grad()
@@ -160,7 +154,7 @@ def each_kept(
     batches: Sequence[Together],
     group: Group | None = None,
 ) -> list[tuple[float, bool]]:
-    """Loss of every answer and whether it is the same, as `Kept` has their means: prefill and cache
+    """Loss of every answer and whether it is the same, as `mean_kept` takes them: prefill and cache
     as in use, the dense answer's tokens given one after the other.
 
     Args:
@@ -168,7 +162,7 @@ def each_kept(
         selectors: fitted for it.
         keep: ratio of visual tokens in every layer.
         policy: to try.
-        batches: the dense answers, at least one; of a group, those of this process.
+        batches: the dense answers; of a group, those of this process.
         group: of processes that have other samples; each gets all of them, in the order of one
             process, since sums depend on it.
 
@@ -185,7 +179,7 @@ def each_kept(
                 loss = check_finite(float(answer_divergence(dense, found)), model.dtype)
                 # Not the answer's tokens: a generation config may have ruled out the likeliest.
                 same = bool((found.argmax(dim=-1) == dense.argmax(dim=-1)).all())
-                found_here.append((len(found_here) * group.size + group.rank, loss, same))
+                found_here.append((group.number(len(found_here)), loss, same))
     return [(loss, same) for _, loss, same in sorted(group.gather(found_here))]
 
 

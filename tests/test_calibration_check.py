@@ -17,7 +17,7 @@ from alvts_cli.artifact import Artifact, save_artifact
 from alvts_cli.commands.calibrate_check import verdict
 from alvts_cli.prompts import build_inputs
 from calibration import calibrate
-from calibration.answers import answered, kept_answers, put_together
+from calibration.answers import answered, each_kept, mean_kept, put_together
 from calibration.check import chance_of_so_few, check, recorded
 
 COUNT = 16
@@ -66,7 +66,7 @@ def test_it_measures_what_is_left_of_the_models_own_answers() -> None:
     for one, picked in zip(result.held, artifact.picked, strict=True):
         assert one.then.policy == picked.policy and one.then in artifact.calibration.trials
         assert (one.samples, one.samples_then) == (COUNT, 4)
-        kept = kept_answers(model, artifact, picked.keep, picked.policy, batches)
+        kept = mean_kept(each_kept(model, artifact, picked.keep, picked.policy, batches))
         assert one.loss.value == pytest.approx(kept.loss, rel=1e-6)
         assert one.same.value == pytest.approx(kept.same)
         assert one.loss.low <= one.loss.value <= one.loss.high

@@ -17,8 +17,9 @@ from alvts_cli.engine.normed import Normed
 from alvts_cli.families import family_of
 from alvts_cli.header import Trial
 from alvts_cli.prompts import build_inputs
-from calibration import answers, calibrate, timing
-from calibration.answers import CAP, answered, each_kept, kept_answers, put_together
+from alvts_cli.spread import Group
+from calibration import answers, calibrate, policy, timing
+from calibration.answers import CAP, answered, each_kept, mean_kept, put_together
 from calibration.capture import capture, run_layer
 from calibration.carry import fit_carries
 from calibration.policy import CANDIDATES, RATIOS, pick, prefills
@@ -39,11 +40,11 @@ def test_keeping_everything_keeps_every_answer(family):
     selectors = make_selectors(family, policy=EACH)
     assert any(one.answer.shape[1] > 1 for one in samples)
     batches = put_together(model, samples)
-    whole = kept_answers(model, selectors, 1.0, EACH, batches)
+    whole = mean_kept(each_kept(model, selectors, 1.0, EACH, batches))
     assert whole.same == 1.0 and whole.loss == pytest.approx(0, abs=1e-6)
-    few = kept_answers(model, selectors, 0.1, EACH, batches)
+    few = mean_kept(each_kept(model, selectors, 0.1, EACH, batches))
     assert few.loss > 1e-3
-    assert few.loss != kept_answers(model, selectors, 0.1, PAPER, batches).loss
+    assert few.loss != mean_kept(each_kept(model, selectors, 0.1, PAPER, batches)).loss
     # The dense model again.
     again = answered(model, make_inputs(model, one_image(family, 0)), 5)
     assert torch.equal(again.dense, samples[0].dense)
@@ -68,7 +69,7 @@ def test_together_answers_lose_what_they_lose_alone(family):
     losses = [loss for [(loss, _)] in alone]
     assert [loss for loss, _ in found] == pytest.approx(losses, rel=1e-3, abs=1e-5)
     # No answer counts for more than one that is lost.
-    kept = kept_answers(model, selectors, 0.1, EACH, batches)
+    kept = mean_kept(each_kept(model, selectors, 0.1, EACH, batches))
     assert max(losses) > CAP and kept.capped < kept.loss
     assert kept.capped == pytest.approx(sum(min(loss, CAP) for loss in losses) / 5, rel=1e-3)
 
@@ -254,6 +255,90 @@ def test_the_nearest_ratio_decides():
     found = {keep: policy_for(picked, keep) for keep in (0.001, 0.04, 0.05, 0.18, 0.2, 1.0)}
     assert [*found.values()] == [EACH, EACH, ONCE, ONCE, PAPER, PAPER]
     assert policy_for((), 0.1) == PAPER
+
+
+class Tried:
+    """Stands in for the model: tells what is lost of an answer under every policy."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, loss: dict[Policy, float]) -> None:
+        self.asked: dict[tuple[float, Policy], list[int]] = {}
+        self.loss = loss
+        monkeypatch.setattr(policy, "put_together", lambda _, samples: [*samples])
+        monkeypatch.setattr(policy, "each_kept", self.each_kept)
+        monkeypatch.setattr(policy, "time_policies", lambda *_: dict.fromkeys(policy._CHOICES, 0.5))
+
+    def each_kept(self, model, selectors, keep, its, samples, group):
+        self.asked.setdefault((keep, its), []).extend(samples)
+        # Every other answer is lost by half of that more, so that the mean is the same in all.
+        found = [(self.loss.get(its, 0.1) * (0.5 + one % 2), one % 2 == 0) for one in samples]
+        return group.gather(found)
+
+    def trials(self, samples, group=None):
+        steps = []
+        found = policy.try_policies(
+            make_model("llava"), None, samples, lambda: steps.append(1), group
+        )
+        # The timing's own are not taken here.
+        assert len(steps) == policy.steps() - timing.turns(policy._CHOICES)
+        return found
+
+
+def test_what_is_clearly_behind_is_not_tried_on_more_samples(monkeypatch):
+    tried = Tried(monkeypatch, {ONCE: 0.1, PAPER: 0.26, EVERY: 0.24, EACH: 5.0})
+    trials = {(one.keep, one.policy): one for one in tried.trials(range(64))}
+    assert trials.keys() == set(policy._CHOICES)
+    for keep in RATIOS:
+        for name, seen in ((ONCE, 64), (EVERY, 64), (PAPER, 16), (EACH, 16)):
+            assert tried.asked[keep, name] == [*range(seen)]
+            one = trials[keep, name]
+            assert one.dropped_after == (None if seen == 64 else seen)
+            assert one.loss == pytest.approx(tried.loss[name]) and one.same == 0.5
+    # A dropped one is not picked, whatever is known of it.
+    lowest = [replace(one, capped=0.0) if one.policy == EACH else one for one in trials.values()]
+    assert EACH not in {one.policy for one in pick(lowest)}
+
+
+def test_a_second_look_is_at_all_samples_so_far(monkeypatch):
+    """What was within reach of the best after the first look may be out after the second."""
+    tried = Tried(monkeypatch, {})
+    loss = tried.each_kept
+
+    def worse(model, selectors, keep, its, samples, group):
+        found = loss(model, selectors, keep, its, samples, group)
+        late = its == EVERY and min(samples, default=0) >= 16
+        return [(8 * lost if late else lost, same) for lost, same in found]
+
+    monkeypatch.setattr(policy, "each_kept", worse)
+    trials = tried.trials(range(40))
+    assert {one.dropped_after for one in trials if one.policy == EVERY} == {32}
+    assert {one.dropped_after for one in trials if one.policy != EVERY} == {None}
+
+
+@pytest.mark.parametrize("count", [1, 15, 16])
+def test_of_few_samples_none_is_saved(monkeypatch, count):
+    tried = Tried(monkeypatch, {EACH: 5.0})
+    assert {one.dropped_after for one in tried.trials(range(count))} == {None}
+    assert {len(asked) for asked in tried.asked.values()} == {count}
+
+
+def test_processes_look_after_the_same_samples_as_one(monkeypatch):
+    """Of three, each tries its own among the first 16 of all."""
+    alone = Tried(monkeypatch, {EACH: 5.0}).trials(range(40))
+    parts = [[one for one in range(40) if one % 3 == rank] for rank in range(3)]
+
+    class Third(Group):
+        def gather(self, items):
+            """All know how many there are; what was lost, each of its own."""
+            if items == [len(parts[self.rank])]:
+                return [len(part) for part in parts]
+            return items
+
+    for rank in range(3):
+        tried = Tried(monkeypatch, {EACH: 5.0})
+        tried.trials(parts[rank], Third(rank, 3))
+        assert tried.asked[RATIOS[0], EACH] == [one for one in parts[rank] if one < 16]
+        assert tried.asked[RATIOS[0], ONCE] == parts[rank]
+    assert {one.dropped_after for one in alone if one.policy == EACH} == {16}
 
 
 def test_calibration_tries_all_and_picks_for_each_ratio():

@@ -19,7 +19,7 @@ from alvts_cli.engine import PAPER, Picked
 from alvts_cli.prompts import build_inputs
 from calibration import Watch, calibrate
 from calibration import repick as repicking
-from calibration.answers import answered, kept_answers, put_together
+from calibration.answers import answered, each_kept, mean_kept, put_together
 from calibration.check import check
 from calibration.policy import pick, steps
 from calibration.repick import repick
@@ -54,7 +54,7 @@ def test_the_selectors_stay_and_the_trials_are_of_the_new_samples() -> None:
         for one in scenes(COUNT, seed=1)
     ]
     one = record.trials[0]
-    kept = kept_answers(model, after, one.keep, one.policy, put_together(model, samples))
+    kept = mean_kept(each_kept(model, after, one.keep, one.policy, put_together(model, samples)))
     assert one.same == kept.same and one.loss == pytest.approx(kept.loss, rel=1e-6)
 
 

@@ -14,7 +14,7 @@ from alvts_cli import shapes
 from alvts_cli.artifact import load_artifact, save_artifact
 from alvts_cli.bench.metrics import METRICS
 from alvts_cli.bench.short import shortened
-from alvts_cli.bench.statistics import efficiency, ratio_by_round
+from alvts_cli.bench.statistics import efficiency, ratio
 from alvts_cli.engine.flops import head_size
 from alvts_cli.models import usual_dtype
 
@@ -164,8 +164,8 @@ def test_where_nothing_is_to_be_gained_there_is_no_efficiency(tmp_path):
 
 
 def test_what_slows_a_whole_round_down_is_not_in_its_ratio():
-    assert ratio_by_round([10, 1, 100, 3], [5, 0.5, 50, 1.5]) == (2, 2, 2)
-    middle, low, high = ratio_by_round([10, 1, 100, 3, 8], [5, 0.25, 50, 1.5, 8])
+    assert ratio([10, 1, 100, 3], [5, 0.5, 50, 1.5]) == (2, 2, 2)
+    middle, low, high = ratio([10, 1, 100, 3, 8], [5, 0.25, 50, 1.5, 8])
     assert (middle, low, high) == (2, 1, 4)
 
 

@@ -322,6 +322,12 @@ def test_it_answers_at_once_and_without_torch():
     ) < 2 * len(KNOWN)
 
 
+def test_what_slows_a_whole_round_down_is_taken_out_of_every_figure():
+    from alvts_cli.plan.machine import paces
+
+    assert paces([[1, 2, 1, 1], [10, 20, 10, 10], [5, 11, 5, 4]]) == [1, 2, 1, 1]
+
+
 def test_the_machine_is_measured(monkeypatch, tmp_path):
     from alvts_cli.plan import machine
 

@@ -27,15 +27,9 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
-    """`median(above) / median(below)` and the ends of its 95 % bootstrap interval."""
-    return _estimate(lambda a, b: a / b, above, below)
-
-
-def ratio_by_round(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
     """Median over the rounds of `above / below`, and the ends of its 95 % bootstrap interval.
 
-    Where each round has a prompt of its own, or takes long enough for the machine to change
-    meanwhile: what makes a round slow for both is not in its ratio.
+    What makes a round slow for both, its prompt or the machine, is not in its ratio.
     """
     return _estimate(float, [a / b for a, b in zip(above, below, strict=True)])
 

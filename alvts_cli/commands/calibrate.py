@@ -190,7 +190,7 @@ def calibrate(
                 if index == 0 and not paper:
                     # Only once it is sure that there are samples enough.
                     tried = min(settings.policy_samples, math.ceil(samples * settings.held_out))
-                    cost = f"trying policies will cost about {prefills(tried):.0f} dense prefills"
+                    cost = f"trying policies will cost at most {prefills(tried):.0f} dense prefills"
                     tables.print(cost)
                 done = f"{index + 1} of {count}, recall {fit.recall_after:.3f}"
                 progress.update(layers, total=count, completed=index + 1, done=done)

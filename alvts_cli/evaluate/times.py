@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..bench.statistics import ratio_by_round
+from ..bench.statistics import ratio
 from ..bench.timing import generate, in_turns
 from ..methods.base import Method
 from .data import DataSet, Item
@@ -35,7 +35,7 @@ def time_prefills(
         advance: called after every turn.
 
     Returns:
-        By the label of the run: `ratio_by_round`.
+        By the label of the run: `ratio`.
     """
     by_label = {run.label: made for run, made in plan.runs.items()}
     times: dict[str, list[float]] = {label: [] for label in (DENSE, *by_label)}
@@ -46,7 +46,7 @@ def time_prefills(
             times[label].append(taken)
         advance()
     dense = times.pop(DENSE)
-    return {label: ratio_by_round(dense, own) for label, own in times.items()}
+    return {label: ratio(dense, own) for label, own in times.items()}
 
 
 def _prefill(
