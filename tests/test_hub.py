@@ -127,3 +127,27 @@ def test_a_card_says_what_was_measured_and_no_path_of_this_machine():
     assert len(re.findall(r"^\| \d+ \| \d", card, re.M)) == len(shipped.layers)
     of_hub = make_card(replace(shipped, model_id="org/llava", revision="abc"), "me/picks")
     assert "base_model: org/llava" in of_hub and "@ `abc`" in of_hub
+
+
+def test_figures_of_other_samples_are_not_set_beside_each_other():
+    """What was dropped early was measured on the first samples alone."""
+    from dataclasses import replace
+
+    from rich.console import Console
+
+    from alvts_cli.card import make_card
+    from alvts_cli.commands.fit_tables import policy_table
+    from alvts_cli.pocket import WEIGHTS
+
+    shipped = load_artifact(WEIGHTS / "selectors.safetensors")
+    first, *others = shipped.calibration.trials
+    dropped = replace(first, same=0.123, loss=9.87, dropped_after=16)
+    record = replace(shipped.calibration, trials=(dropped, *others))
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(policy_table(record, shipped.picked))
+    card = make_card(replace(shipped, calibration=record), "me/picks")
+    for text in (shown.get(), card):
+        assert "out at 16" in text and "12%" not in text and "9.87" not in text
+    row = next(line for line in card.splitlines() if "out at 16" in line)
+    assert row.count("|") == 6 and f"{1 / first.time:.2f}x" in row

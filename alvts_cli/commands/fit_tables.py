@@ -11,8 +11,8 @@ from ..header import CalibrationRecord
 POLICY_NOTE = (
     "answers that are the dense model's own, token for token, and their loss (KL to the dense "
     "model's, in nats), on samples that were not fitted; how many times as fast as the dense "
-    "model's the prefill was on the machine that calibrated; *: picked; ~: dropped after the first "
-    "samples, clearly behind"
+    "model's the prefill was on the machine that calibrated; *: picked; out at 16: clearly behind "
+    "after so many samples, and dropped"
 )
 """What the figures of `policy_table` are."""
 
@@ -48,7 +48,10 @@ def policy_table(record: CalibrationRecord, picked: Sequence[Picked]) -> Table:
         for trial in (t for t in trials if t.policy == policy):
             mark = "*" if chosen.get(trial.keep) == policy else " "
             faster = "" if trial.time is None else f"\n{1 / trial.time:.2f}x "
-            about = "" if trial.dropped_after is None else "~"
-            cells.append(f"{about}{trial.same:.0%} ({trial.loss:.3f}){mark}{faster}")
+            figures = f"{trial.same:.0%} ({trial.loss:.3f})"
+            # Of other samples than those beside it: not to be compared.
+            if trial.dropped_after is not None:
+                figures = f"out at {trial.dropped_after}"
+            cells.append(f"{figures}{mark}{faster}")
         table.add_row(str(policy), *cells)
     return table
