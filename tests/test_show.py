@@ -187,6 +187,16 @@ def test_the_command_writes_a_page_and_a_png(tmp_path):
     assert sorted(tmp_path.iterdir()) == [png, page]
 
 
+def test_a_policy_that_calibration_did_not_pick_is_shown_too(tmp_path):
+    picked, asked = tmp_path / "a.html", tmp_path / "b.html"
+    line = ("--model", "pocket", "--image", POCKET, "--prompt", QUESTION, "--keep", "0.11")
+    for out, more in ((picked, ()), (asked, ("--policy", "every-4"))):
+        result = alvts("show", *line, "--max-new-tokens", "1", "--out", out, *more)
+        assert result.exit_code == 0, result.output
+    assert str(NAMED["every-4"]) in asked.read_text()
+    assert str(NAMED["every-4"]) not in picked.read_text()
+
+
 def test_a_command_line_that_makes_no_sense_is_refused(tmp_path):
     name = tmp_path / "x.gif"
     assert "must end in .png or .html" in refused(*shows(name), code=2)
@@ -194,6 +204,7 @@ def test_a_command_line_that_makes_no_sense_is_refused(tmp_path):
     line = refused(*shows(name, "--keep", "0.1", "--keep", "0.2"), code=2)
     assert "a .png shows one" in line
     assert "keep=" in refused(*shows(name, "--keep", "many"), code=2)
+    assert "unknown policy 'x'" in refused(*shows(name, "--policy", "x"))
     assert "cannot write" in refused(*shows(tmp_path / "no" / "x.png"))
     assert "no image" in refused(*shows(name, image=tmp_path / "no.png"))
     assert list(tmp_path.iterdir()) == []

@@ -20,6 +20,7 @@ from .options import (
     KeepOption,
     ModelOption,
     OtherWeightsOption,
+    PolicyOption,
     SelectorsOption,
     TrustOption,
     check_keep,
@@ -61,13 +62,7 @@ def bench(
     text_tokens: Annotated[
         int | None, typer.Option(min=2, max=MOST, help=f"Without --image: default {TEXT_TOKENS}.")
     ] = None,
-    policy: Annotated[
-        str | None,
-        typer.Option(
-            help="How the selectors are used: paper, once, every-4 or each; default: what "
-            "calibration picked for --keep, or paper."
-        ),
-    ] = None,
+    policy: PolicyOption = None,
     runs: Annotated[int, typer.Option(min=1, max=MOST, help="Timed rounds, all in turn.")] = 10,
     random_weights: Annotated[
         bool,

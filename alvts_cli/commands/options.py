@@ -56,6 +56,14 @@ KeepOption = Annotated[
         "per layer with commas; default: what the selectors were fitted for.",
     ),
 ]
+PolicyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--policy",
+        help="How the selectors are used: paper, once, in-turn, every-4 or each; default: what "
+        "calibration picked for --keep, or paper.",
+    ),
+]
 SPREAD = (
     "Several GPUs share the work when it is started as torchrun --nproc-per-node 4 -m alvts_cli "
     "{} ..., or so by accelerate launch; several machines with --nnodes (pip install "

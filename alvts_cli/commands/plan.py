@@ -30,7 +30,7 @@ def plan(
         ),
     ] = "h100",
     policy: Annotated[
-        str, typer.Option(help="How the selectors are used: paper, once, every-4 or each.")
+        str, typer.Option(help="How the selectors are used: paper, once, in-turn, every-4 or each.")
     ] = "paper",
     visual_tokens: Annotated[
         int | None, typer.Option(min=1, max=MOST, help="Of a prompt; default: one large image's.")

@@ -1,5 +1,6 @@
 """`alvts show`: which visual tokens each layer keeps."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from .options import (
     DTypeOption,
     ModelOption,
     OtherWeightsOption,
+    PolicyOption,
     SelectorsOption,
     TrustOption,
     check_keep,
@@ -54,6 +56,7 @@ def show(
             f"were fitted for; for a page {', '.join(KEEPS)}."
         ),
     ] = None,
+    policy: PolicyOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Longest answer.")] = 128,
     device: DeviceOption = "auto",
     dtype: DTypeOption = None,
@@ -79,6 +82,7 @@ def show(
 
     from ..answer import answer, prepare, selectors_for
     from ..data import read_pictures
+    from ..engine import Picked, parse_policy
     from ..families import family_of
     from ..files import check_writable, write_whole
     from ..models import load_model
@@ -88,12 +92,15 @@ def show(
     from ..terminal import say
     from ..video import read_video
 
+    picked = None if policy is None else (Picked(1.0, parse_policy(policy)),)
     check_writable(out)
     images = read_pictures(image or ())
     videos = [] if video is None else [read_video(video, frames)]
     loaded = load_model(model, device, dtype, trust_remote_code)
     inputs = prepare(loaded, images, prompt, max_new_tokens, videos)
     chosen = selectors_for(loaded, selectors, other_weights)
+    if picked is not None:
+        chosen = replace(chosen, picked=picked)
     sizes = [picture.size for picture in images]
     views = family_of(loaded.model).layout(
         loaded.model, loaded.processor, inputs, sizes, [one.frames[0].size for one in videos]
