@@ -6,6 +6,7 @@ it is loaded.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -38,6 +39,12 @@ class Group:
     def number(self, own: int) -> int:
         """Of this process's piece `own`, from 0, among those of all."""
         return own * self.size + self.rank
+
+    def by_first(self, work: Callable[[], object]) -> None:
+        """Let the first process do it; no process goes on before it is done."""
+        if self.first:
+            work()
+        self.gather([self.rank])
 
     def gather(self, items: list[T]) -> list[T]:
         """The items of all processes, those of the first one first; the same list in each.

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +117,19 @@ def test_work_is_shared_without_gaps() -> None:
     for number in range(9):
         assert [one.mine(number) for one in group].count(True) == 1
     assert Group().gather([1, 2]) == [1, 2] and Group().first and not group[1].first
+
+
+def test_nobody_goes_on_before_the_first_is_done() -> None:
+    done: list[str] = []
+
+    class Meeting(Group):
+        def gather(self, items: list[Any]) -> list[Any]:
+            done.append(f"{self.rank} waits")
+            return items
+
+    for rank in range(2):
+        Meeting(rank, 2).by_first(lambda: done.append("written"))
+    assert done == ["written", "0 waits", "1 waits"]
 
 
 def test_a_process_by_itself_needs_no_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -225,11 +225,10 @@ def calibrate(
         if checkpoint.folder.exists():
             words.print(f"finished layers are in {checkpoint.folder}; go on with --resume")
         raise
+    group.by_first(lambda: save_artifact(artifact, output))
     if not group.first:
         return
-    save_artifact(artifact, output)
     checkpoint.remove()
-
     print_skipped(words, reader.skipped + refused)
     record = artifact.calibration
     tables.print(fit_table(record))

@@ -44,9 +44,9 @@ def _repick(request: Request, output: Path) -> None:
             watch=watch,
             group=group,
         )
+    group.by_first(lambda: save_artifact(artifact, output))
     if not group.first:
         return
-    save_artifact(artifact, output)
     print_skipped(fitted.words, fitted.reader.skipped + fitted.refused)
     out = console()
     before = {one.keep: one.policy for one in fitted.artifact.picked}
