@@ -163,8 +163,8 @@ def each_kept(
         keep: ratio of visual tokens in every layer.
         policy: to try.
         batches: the dense answers; of a group, those of this process.
-        group: of processes that have other samples; each gets all of them, in the order of one
-            process, since sums depend on it.
+        group: of processes that have other samples; each gets what was found on all of them. Where
+            these are all that there are, it is in the order of one process.
 
     Raises:
         AlvtsError: a loss is not finite.

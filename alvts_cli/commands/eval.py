@@ -174,10 +174,9 @@ def evaluate(
     written, lines, passed = [], [], True
     for questions in sets:
         store = context.with_resource(_store(facts, questions, group))
-        if fresh and group.first:
-            store.remove()
-        # Nobody looks for finished batches before.
-        group.gather([group.rank])
+        if fresh:
+            # Nobody looks for finished batches before.
+            group.by_first(store.remove)
         results = _with_progress(words, plan, questions, store, group)
         summary = summarise(
             questions, results, list(plan.runs), seed, text_model.config, loaded.dtype.itemsize

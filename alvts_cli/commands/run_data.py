@@ -64,10 +64,9 @@ def answer_data(source: Source, out: Path, setup: Setup, limit: int | None, as_j
         shares = group.gather([own])
         found = journal.lines | {one["index"]: one for share in shares for one in share.new}
         lines = [line for i, line in found.items() if limit is None or i < limit]
-        if lines and group.first:
-            write_answers(lines, out)
-        # No answer is forgotten before the output is there.
-        group.gather([group.rank])
+        if lines:
+            # No answer is forgotten before the output is there.
+            group.by_first(lambda: write_answers(lines, out))
         journal.remove()
     if not group.first:
         return

@@ -53,7 +53,7 @@ _LEAST = 0.02
 """Seconds that a figure is measured for in every round, at least."""
 _ROUNDS = 15
 """Of 60 on 2 shared cores, any 7 in a row had products of 768 rows and of 96 apart by a factor that
-varied by 8 % (one standard deviation); any 15, with the round's pace taken out, by 4 %."""
+varied by 8 % (one standard deviation); any 15 by 5 %, with each round's pace taken out by 4."""
 
 
 def device_here(device: str = "auto") -> str:
