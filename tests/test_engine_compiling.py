@@ -41,37 +41,52 @@ def prompt(model, family, tokens=12, seed=0):
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_one_graph_and_the_same_bits(family):
-    """fullgraph=True raises at a graph break. New text lengths compile once more, all together."""
-    model = make_model(family)
-    selectors = make_selectors(family)
+    """fullgraph=True raises at a graph break. New lengths of a prompt compile once more, all
+    together; so does decoding, behind caches of the first token's lengths and then of any."""
+    model, selectors = (make(family, layers=3) for make in (make_model, make_selectors))
     prompts = [prompt(model, family, *which) for which in ((12, 0), (12, 1), (14, 2), (17, 3))]
     counter = CompileCounterWithBackend("eager")
-    with torch.no_grad():
-        with attach(model, selectors, 4):
-            expected = [model(**inputs).logits for inputs in prompts]
-        with attach(model, selectors, 4, compile={"backend": counter}) as attachment:
-            graphs = []
-            for inputs, logits in zip(prompts, expected, strict=True):
-                output = model(**inputs)
-                graphs.append(counter.frame_count)
-                assert torch.equal(output.logits, logits)
-                layer = cache_of(output).layers[0]
-                assert type(layer.seen) is int and layer.seen == inputs["input_ids"].shape[1]
-                assert not layer.plain and layer.slots == attachment.last.kept[0][0] + len(
-                    inputs["input_ids"][0]
-                ) - sum(attachment.last.visual_tokens)
-    assert graphs == [1, 1, 2, 2]
+    more = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
+
+    def answer(inputs, tokens):
+        output = model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, **more)
+        return output.sequences, output.logits, cache_of(output).layers
+
+    with attach(model, selectors, [1.0, 4, 0]):
+        expected = [(one, answer(one, tokens)) for tokens in (1, 6) for one in prompts]
+    with attach(model, selectors, [1.0, 4, 0], compile={"backend": counter}) as attachment:
+        graphs = []
+        for inputs, (tokens, logits, caches) in expected:
+            new = len(logits)
+            *same, layers = answer(inputs, new)
+            graphs.append(counter.frame_count)
+            assert torch.equal(same[0], tokens) and all(map(torch.equal, same[1], logits))
+            (visual,) = attachment.last.visual_tokens
+            length = len(inputs["input_ids"][0]) + new - 1
+            for layer, eager, (kept,) in zip(layers, caches, attachment.last.kept, strict=True):
+                assert torch.equal(layer.keys, eager.keys)
+                assert torch.equal(layer.values, eager.values)
+                assert type(layer.seen) is int and layer.seen == length
+                assert layer.plain == (kept == visual) and layer.slots == length - visual + kept
+    # Prefill: of one length, of all. Decoding: the first token, all others.
+    assert graphs == [1, 1, 2, 2, 4, 4, 4, 4]
 
 
-SCHEDULES = ((0.5, 0.0), (1.0, 0.25))
-
-
-@pytest.mark.parametrize(("backend", "keep"), [("eager", 0.3), ("aot_eager", 10)])
-def test_counts_that_follow_the_image(backend, keep):
-    """Schedules solve another `k` per layer for every number of visual tokens."""
+@pytest.mark.parametrize(
+    ("backend", "keep", "schedules", "images", "expected_graphs"),
+    [
+        # A layer whose text runs alone in some prompts is another graph there.
+        ("eager", 10, ((0.5, 0.0), (1.0, 0.25)), (1, 2, 4, 1, 3), [1, 2, 3, 3, 3]),
+        ("aot_eager", 0.4, ((0.5, 0.25), (0.75, 0.5)), (2, 3, 4, 2, 3), [1, 2, 2, 2, 2]),
+    ],
+)
+def test_counts_that_follow_the_image(backend, keep, schedules, images, expected_graphs):
+    """Schedules solve another `k` per layer for every number of visual tokens; texts of several
+    lengths around them are no reason to compile again."""
     model = make_model("llava")
-    selectors = make_selectors(schedules=SCHEDULES)
-    prompts = [make_inputs(model, Prompt([1, *[5] * 9], [(16, 16)] * n)) for n in (1, 2, 4, 1, 3)]
+    selectors = make_selectors(schedules=schedules)
+    lengths = zip(images, (9, 12, 15, 9, 10), strict=True)
+    prompts = [make_inputs(model, Prompt([1, *[5] * text], [(16, 16)] * n)) for n, text in lengths]
     resolved = keep_of(selectors, keep)
     assert isinstance(resolved, Solved)
     counter = CompileCounterWithBackend(backend)
@@ -85,21 +100,7 @@ def test_counts_that_follow_the_image(backend, keep):
                 assert attachment.last == kept
                 graphs.append(counter.frame_count)
     assert len({kept.kept for _, kept in expected}) >= 3
-    # The fourth prompt is as large as the first.
-    assert graphs[0] == 1 < graphs[1] and graphs[3] == graphs[2]
-
-
-def test_twice_at_most_for_prompts_and_schedules_of_all_lengths():
-    """Texts of three lengths and images of three sizes, each with counts of its own."""
-    model = make_model("llava")
-    selectors = make_selectors(schedules=((0.5, 0.25), (0.75, 0.5)))
-    counter = CompileCounterWithBackend("eager")
-    kept = set()
-    with torch.no_grad(), attach(model, selectors, 0.4, compile={"backend": counter}) as a:
-        for length, images in ((9, 2), (12, 3), (15, 4)):
-            model(**make_inputs(model, Prompt([1, *[5] * length], [(16, 16)] * images)))
-            kept.add(a.last.kept)
-    assert len(kept) == 3 and counter.frame_count == 2
+    assert graphs == expected_graphs
 
 
 WAITS = {"item", "tolist", "nonzero", "is_nonzero", "cpu", "masked_select", "unique"}
@@ -177,24 +178,6 @@ def test_a_hook_that_comes_later_keeps_what_it_sees():
     assert [graph.count("index_put_") for graph in graphs] == [2, 1]
 
 
-@pytest.mark.parametrize("family", DECODERS)
-def test_decoding_is_one_graph_for_caches_of_all_lengths(family):
-    """Of the first token's lengths, then of any: other prompts and longer answers need no more."""
-    model, selectors = (make(family, layers=3) for make in (make_model, make_selectors))
-    prompts = [prompt(model, family, *which) for which in ((12, 0), (12, 1), (14, 2))]
-    generate = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    counter = CompileCounterWithBackend("eager")
-    with attach(model, selectors, [1.0, 4, 0]):
-        expected = [model.generate(**inputs, **generate) for inputs in prompts]
-    with attach(model, selectors, [1.0, 4, 0], compile={"backend": counter}):
-        graphs = []
-        for inputs, tokens in zip(prompts, expected, strict=True):
-            assert torch.equal(model.generate(**inputs, **generate), tokens)
-            graphs.append(counter.frame_count)
-    # Prefill and twice a token; nothing; prefill of all lengths.
-    assert graphs == [3, 3, 4]
-
-
 @pytest.mark.parametrize("more", [dict(num_beams=3), dict(return_dict_in_generate=True)])
 def test_decoding_a_padded_batch(more):
     model = make_model("llava")
@@ -264,8 +247,7 @@ def test_a_second_turn_with_an_image_runs_uncompiled():
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
-def test_what_a_cuda_graph_leaves_behind_outlives_the_next_prefill(mode):
+def test_what_a_cuda_graph_leaves_behind_outlives_the_next_prefill():
     """A backend that hands out the same memory at every run, as a CUDA graph does."""
     model = make_model("llava")
     first, second = (prompt(model, "llava", 12, seed) for seed in (0, 1))
@@ -296,11 +278,13 @@ def test_what_a_cuda_graph_leaves_behind_outlives_the_next_prefill(mode):
         return graph.forward
 
     expected = answer({"backend": plain})
-    for got, wanted in zip(answer({"backend": backend, "mode": mode}), expected, strict=True):
-        assert torch.equal(got, wanted)
     # What grows at every token is no graph.
-    without = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
-    assert modes == [mode, without[mode]]
+    growing = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
+    for mode, without in growing.items():
+        modes.clear()
+        for got, wanted in zip(answer({"backend": backend, "mode": mode}), expected, strict=True):
+            assert torch.equal(got, wanted)
+        assert modes == [mode, without]
 
 
 @pytest.mark.parametrize(
