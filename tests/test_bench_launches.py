@@ -41,7 +41,8 @@ def test_a_dense_layer_is_what_it_is_made_of():
     assert counted.dense == counted.decode_dense == len(counted.operators["dense"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# What is counted is the decoder, and LLaVA-NeXT's is LLaVA's.
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llava_next"])
 @pytest.mark.parametrize("policy", NAMED.values(), ids=NAMED)
 def test_nothing_in_a_layer_waits_or_is_copied(family, policy):
     """Of a padded batch; of a prompt alone `test_no_more_than_it_was` says so."""
