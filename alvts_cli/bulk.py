@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import count, islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from .answer import prepare
 from .artifact import Artifact
@@ -32,6 +33,7 @@ from .errors import AlvtsError
 from .families import family_of
 from .files import write_whole
 from .models import Loaded
+from .schema import Count, Finite, Text, check, parse_json
 from .spread import Group
 
 FORMATS = (".jsonl", ".parquet")
@@ -76,14 +78,17 @@ class Line:
         visual_tokens_kept: layer average.
     """
 
-    index: int
-    id: str
-    prompt: str
-    answer: str
-    new_tokens: int
-    text_tokens: int
-    visual_tokens: int
-    visual_tokens_kept: float
+    # What a journal is checked against when a run goes on with it.
+    __pydantic_config__ = ConfigDict(strict=True)
+
+    index: Count
+    id: Text
+    prompt: Text
+    answer: Text
+    new_tokens: Count
+    text_tokens: Count
+    visual_tokens: Annotated[Count, Field(gt=0)]
+    visual_tokens_kept: Annotated[Finite, Field(ge=0)]
 
 
 class Journal:
@@ -176,10 +181,10 @@ def _read(path: Path, facts: dict[str, Any]) -> dict[int, dict[str, Any]]:
     data = path.read_bytes()
     lines = data[: data.rfind(b"\n") + 1].splitlines()
     try:
-        before, *rest = map(json.loads, lines) if lines else [facts]
+        before, *rest = map(parse_json, lines) if lines else [facts]
         differing = [key for key in facts if before.get(key) != facts[key]]
-        found = {line["index"]: line for line in rest}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        found = {line.index: asdict(line) for line in check(_LINES, rest, str(path))}
+    except (ValueError, AttributeError, AlvtsError):
         raise AlvtsError(f"{path} is damaged; delete it to start anew") from None
     if differing:
         raise AlvtsError(
@@ -187,6 +192,9 @@ def _read(path: Path, facts: dict[str, Any]) -> dict[int, dict[str, Any]]:
             "give the same options, or delete it"
         )
     return found
+
+
+_LINES = TypeAdapter(list[Line])
 
 
 @torch.inference_mode()

@@ -37,10 +37,15 @@ def make_card(artifact: Artifact, repo: str) -> str:
         "--model": model,
         "--data": "pocket" if record.data == "pocket scenes" else record.data,
         "--samples": samples,
+        **({"--form": "paper"} if artifact.paper else {}),
         "--rank": artifact.rank,
         "--seed": record.settings.get("seed", 0),
     }
     command = shlex.join(["alvts", "calibrate", *(str(x) for pair in made.items() for x in pair)])
+    run = (
+        f"alvts run --model {shlex.quote(model)} --selectors {repo} --keep 0.11 --image x.jpg "
+        '--prompt "What is this?"'
+    )
     mean = record.mean
     versions = ", ".join(f"{name} {value}" for name, value in record.versions.items())
     at = f" @ `{artifact.revision}`" if artifact.revision else ""
@@ -55,7 +60,7 @@ every decoder layer picks the few visual tokens it needs, the others skip it. Th
 as it is, and is not in this repo.
 
 ```sh
-alvts run --model {model} --selectors {repo} --keep 0.11 --image x.jpg --prompt "What is this?"
+{run}
 ```
 
 ```python
@@ -67,12 +72,12 @@ with attach(model, Artifact.from_pretrained("{repo}"), keep=0.11):
 
 | | |
 |---|---|
-| base model | `{model}`{at}, {artifact.family} |
+| base model | `{_cell(model)}`{at}, {artifact.family} |
 | layers, width, rank | {len(artifact.layers)}, {artifact.hidden_size}, {artifact.rank} |
 | default keep ratio | {artifact.default_keep:.3f} |
-| data | {record.data}: {record.fitted} samples fitted, {record.held_out} measured on |
+| data | {_cell(record.data)}: {record.fitted} samples fitted, {record.held_out} measured on |
 | sample ids (SHA-256) | `{record.sample_ids}` |
-| versions | {versions} |
+| versions | {_cell(versions)} |
 
 ## What is kept
 {_policies(artifact)}
@@ -90,6 +95,11 @@ Recall of each layer's own choice on the samples that were not fitted, at a keep
 {command}
 ```
 """
+
+
+def _cell(text: str) -> str:
+    """Text that stands in a cell of a Markdown table."""
+    return " ".join(text.replace("|", "\\|").replace("`", "'").split())
 
 
 def _policies(artifact: Artifact) -> str:

@@ -7,7 +7,7 @@ link, a file that is not to be written, or `-` for standard output.
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -102,16 +102,22 @@ def write_whole(path: Path, data: bytes) -> None:
         raise AlvtsError(f"cannot write {path}: {_reason(error)}") from error
 
 
-def check_writable(path: Path, regular: bool = False) -> None:
+def check_writable(
+    path: Path, regular: bool = False, read: Iterable[Path | str | None] = ()
+) -> None:
     """Find out before a long run whether `write_whole(path, ...)` will do.
 
     Args:
         path: of the file.
         regular: refuse standard output, devices and pipes too.
+        read: what the run reads and must not lose; None and what is no file here do not matter.
 
     Raises:
-        AlvtsError: it will not.
+        AlvtsError: it will not, or it is one of those that are read.
     """
+    for one in read:
+        if one is not None and _is_same(path, one):
+            raise AlvtsError(f"cannot write {path}: it is read by this command; name another file")
     target = path if path == STDOUT else _target(path)
     try:
         if is_stdout(path) or _is_stream(path):
@@ -175,6 +181,14 @@ def is_stdout(path: Path) -> bool:
         return True
     try:
         return os.path.samestat(os.fstat(1), path.stat())
+    except (OSError, ValueError):
+        return False
+
+
+def _is_same(path: Path, other: Path | str) -> bool:
+    """Whether both are one regular file."""
+    try:
+        return path.is_file() and path.samefile(other)
     except (OSError, ValueError):
         return False
 

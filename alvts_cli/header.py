@@ -70,8 +70,9 @@ class Trial:
 
     keep: float
     policy: Policy
-    loss: float
-    same: float
+    # A KL is not below 0 but for rounding.
+    loss: Annotated[float, Field(ge=-0.01)]
+    same: Annotated[float, Field(ge=0, le=1)]
     time: Annotated[float, Field(gt=0)] | None = None
     capped: Annotated[float, Field(ge=0)] | None = None
     dropped_after: Annotated[int, Field(gt=0)] | None = None
@@ -168,6 +169,17 @@ class Metadata(Record):
             AlvtsError: parts that do not go with each other.
         """
         layers = self.num_layers
+        record = self.calibration
+        if len(record.layers) != layers:
+            raise AlvtsError(f"'calibration.layers' has {len(record.layers)} for {layers} layers")
+        tried = [(one.keep, one.policy) for one in record.trials]
+        if len(set(tried)) < len(tried):
+            raise AlvtsError("'calibration.trials' has a policy twice at a keep ratio")
+        keep, most = (record.settings.get(name, 1) for name in ("keep", "policy_samples"))
+        if type(keep) not in (int, float):
+            raise AlvtsError("'calibration.settings.keep' must be a number")
+        if most is not None and not (type(most) is int and most > 0):
+            raise AlvtsError("'calibration.settings.policy_samples' must be a number above 0")
         if len(self.norm_eps) != layers:
             raise AlvtsError(f"'norm_eps' has {len(self.norm_eps)} values for {layers} layers")
         resolve_keep(self.default_keep, layers)

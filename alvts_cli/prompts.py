@@ -119,12 +119,21 @@ def user_turn(processor: Any, prompt: str, images: int, videos: int = 0) -> dict
     Raises:
         AlvtsError: not as many places as images, or text that is not Unicode.
     """
-    if re.search("[\ud800-\udfff]", prompt):
-        raise AlvtsError("the prompt is not text: it holds bytes that are not UTF-8")
+    check_text(prompt)
     parts = _parts(prompt, processor.image_token, images)
     behind = max((i + 1 for i, part in enumerate(parts) if part["type"] == "image"), default=0)
     parts[behind:behind] = [{"type": "video"} for _ in range(videos)]
     return {"role": "user", "content": parts}
+
+
+def check_text(prompt: str) -> None:
+    """Refuse what no tokenizer takes.
+
+    Raises:
+        AlvtsError: text that is not Unicode.
+    """
+    if re.search("[\ud800-\udfff]", prompt):
+        raise AlvtsError("the prompt is not text: it holds bytes that are not UTF-8")
 
 
 def assistant_turn(answer: str) -> dict[str, Any]:

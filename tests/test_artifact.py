@@ -351,6 +351,8 @@ def _set(metadata: dict[str, Any], path: str, value: Any) -> None:
 
 _HUGE = 10**400
 
+_TRIAL = {"keep": 0.5, "policy": {}, "loss": 0.1, "same": 0.5}
+
 
 @pytest.mark.parametrize(
     ("key", "value"),
@@ -374,7 +376,12 @@ _HUGE = 10**400
         *(("calibration.versions", value) for value in ({"torch": 2}, [], "torch")),
         *(("calibration.layers.0.loss_after", value) for value in ("x", None, _HUGE, [1])),
         *(("calibration.layers.1", value) for value in ({}, [], 1, None)),
-        *(("calibration.trials.0.same", value) for value in ("x", None, _HUGE)),
+        ("calibration.layers", []),
+        *(("calibration.settings.keep", value) for value in ("x", None, True)),
+        *(("calibration.settings.policy_samples", value) for value in (-5, 0, True, "x")),
+        *(("calibration.trials.0.same", value) for value in ("x", None, _HUGE, 5.0, -1.0)),
+        ("calibration.trials.0.loss", -1.0),
+        ("calibration.trials", [_TRIAL, _TRIAL]),
         *(("calibration.trials", value) for value in ([[]], {}, 1, [{"keep": 1}])),
     ],
 )

@@ -34,6 +34,7 @@ EVAL = ("eval", "--samples", "7")
 CALIBRATE = ("calibrate", "--samples", "8")
 CHECK = ("calibrate", "--check", "x.bad")
 REPICK = ("calibrate", "--repick", "x.bad")
+FROM = ("--plot", "x.svg", "--from", "x.json")
 TRAIN = ("smol", "train", "x.gguf")
 FETCH = ("smol", "fetch")
 POCKET = ("pocket", "train", "--out", "out")
@@ -473,10 +474,47 @@ def test_records_that_are_none(
         (("show", "--image", "@scene", "--prompt", "x", "--out", "x.gif"), "--out"),
         (("serve", "--host", ""), "--host"),
         (("models", "--quiet", "--verbose"), "--quiet"),
+        # With these nothing is run: a gate beside them would hold whatever the figures are.
+        (("eval", *FROM, "--gate", "alvts@0.33.kl<1"), "--gate"),
+        (("eval", *FROM, "--json", "y.json"), "--json"),
+        (("eval", *FROM, "--methods", "all"), "--methods"),
+        (("bench", *FROM, "--gate", "flops>=1"), "--gate"),
+        (("bench", *FROM, "--baseline", "y.json"), "--baseline"),
+        (("bench", "--table", "x.json", "--gate", "flops>=1"), "--gate"),
+        (("bench", "--table", "x.json", "--plot", "x.svg"), "--plot"),
+        ((*BENCH, "--gate", "plan_error<=1"), "--gate"),
+        ((*EVAL, "--methods", "dense", "--plot", "x.svg"), "--plot"),
+        ((*EVAL, "--data", "pocket", "--data", "pocket"), "--data"),
     ],
 )
 def test_options_that_do_not_go_together(line: tuple[str, ...], words: str) -> None:
     assert words in turned_down(*line, code=2)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("run", "--data", "x.jsonl", "--out", "x.jsonl"),
+        ("show", "--image", "x.png", "--prompt", "what?", "--out", "x.png"),
+        ("show", "--image", "x.png", "--prompt", "what?", "--out", "link.png"),
+        (*CALIBRATE, "--data", "x.jsonl", "--out", "./x.jsonl"),
+        ("calibrate", "--check", "x.jsonl", "--json", "x.jsonl"),
+        ("calibrate", "--repick", "y", "--data", "x.jsonl", "--out", "x.jsonl"),
+        (*EVAL, "--data", "x.jsonl", "--json", "x.jsonl"),
+        (*EVAL, "--selectors", "x.png", "--plot", "x.png"),
+        ("eval", "--from", "x.svg", "--plot", "x.svg"),
+        (*BENCH, "--selectors", "x.jsonl", "--json", "x.jsonl"),
+        ("bench", "--from", "x.svg", "--plot", "x.svg"),
+        (*BENCH, "--answers", "x.svg", "--plot", "x.svg"),
+        ("plan", "--model", ".", "--json", "config.json"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_read_is_not_written_over(line: tuple[str, ...]) -> None:
+    for name in ("x.jsonl", "x.png", "x.svg", "config.json"):
+        Path(name).write_text("{}")
+    Path("link.png").symlink_to("x.png")
+    assert "is read by this command; name another file" in turned_down(*line)
 
 
 @pytest.mark.parametrize("data", ["/dev/zero", "/dev/stdin", "pipe"])

@@ -268,6 +268,18 @@ def test_dense_needs_no_selectors_until_one_is_asked_for(typed, tmp_path):
     assert "256, kept 128.0 (50 %" in result.stdout
 
 
+def test_an_odd_line_does_not_end_the_conversation(typed):
+    image = ("--image", scene_file())
+    odd = ("\udcff\udcfe bad", "/image ~nobody-of-this-name/x", "/image ''", "is it?")
+    result = typed("is it?", *odd, args=image)
+    assert result.exit_code == 0, result.output
+    errors = result.stderr.split("error: ")[1:]
+    assert len(errors) == 3
+    for words, line in zip(("not UTF-8", "no such user", "is no command"), errors, strict=True):
+        assert words in line
+    assert result.stdout.count("tokens read") == 2
+
+
 def test_ctrl_c_stops_an_answer_and_not_the_conversation(typed, monkeypatch):
     def stop(self, words, on_tokens):
         raise KeyboardInterrupt

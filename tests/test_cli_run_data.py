@@ -1,10 +1,12 @@
 """`alvts run --data`: every answer once, whatever happens."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import asdict
 
 import pytest
 from cli_tools import alvts, model_folder, refused, scene_file
@@ -132,7 +134,14 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(questions, tmp_path, monke
     questions.write_text(questions.read_text() + "\n")
     assert "made with other data" in refused(*command(questions, out))
     journal = tmp_path / "answers.jsonl.partial"
-    for broken in (b"[]\n", b"{\n", b"\xff\n", journal.read_bytes() + b"3\n"):
+    line = dict(index=0, id="0", prompt="p", answer="a", new_tokens=1, text_tokens=1)
+    line |= dict(visual_tokens=9, visual_tokens_kept=3.0)
+    odd = [dict(index="x"), dict(index=-1), dict(new_tokens="many"), dict(answer="\ud800")]
+    odd += [dict(answer=None), dict(visual_tokens=0), dict(visual_tokens_kept=math.nan)]
+    there = journal.read_bytes()
+    lines = [there + json.dumps(line | wrong).encode() + b"\n" for wrong in odd]
+    lines.append(there + b'{"index": 0}\n')
+    for broken in (b"[]\n", b"{\n", b"\xff\n", there + b"3\n", *lines):
         journal.write_bytes(broken)
         assert "is damaged; delete it" in refused(*command(questions, out))
     journal.unlink()
@@ -187,14 +196,17 @@ def test_data_that_give_no_answer_are_one_line(tmp_path, questions):
 
 
 def test_a_line_that_was_cut_is_dropped_for_good(tmp_path):
-    from alvts_cli.bulk import Journal
+    from alvts_cli.bulk import Journal, Line
+
+    def line(index):
+        return asdict(Line(index, str(index), "what?", "a", 1, 2, 3, 1.5))
 
     out = tmp_path / "answers.jsonl"
     with closing(Journal(out, {"a": 1})) as journal:
-        journal.add([{"index": 0}, {"index": 1}])
+        journal.add([line(0), line(1)])
     journal.path.write_bytes(journal.path.read_bytes()[:-3])
     for new in (1, 2):
         with closing(Journal(out, {"a": 1})) as journal:
             assert list(journal.lines) == list(range(new))
-            journal.add([{"index": i} for i in range(new + 1)])
+            journal.add([line(i) for i in range(new + 1)])
     assert journal.path.read_text().count("\n") == 4

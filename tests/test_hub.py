@@ -1,6 +1,7 @@
 """Selectors shared through a hub: a real HTTP server on loopback."""
 
 import re
+from pathlib import Path
 
 import pytest
 from cli_tools import model_folder, scene_file
@@ -127,6 +128,21 @@ def test_a_card_says_what_was_measured_and_no_path_of_this_machine():
     assert len(re.findall(r"^\| \d+ \| \d", card, re.M)) == len(shipped.layers)
     of_hub = make_card(replace(shipped, model_id="org/llava", revision="abc"), "me/picks")
     assert "base_model: org/llava" in of_hub and "@ `abc`" in of_hub
+
+
+def test_a_card_of_odd_names_and_of_the_papers_form():
+    from dataclasses import replace
+
+    from alvts_cli.card import make_card
+    from alvts_cli.pocket import WEIGHTS
+
+    shipped = load_artifact(WEIGHTS / "selectors.safetensors")
+    record = replace(shipped.calibration, data="a|b`c\nd.jsonl")
+    card = make_card(replace(shipped, model_id="/home/me/my model", calibration=record), "me/x")
+    assert "alvts run --model 'my model' --selectors" in card
+    assert "| data | a\\|b'c d.jsonl: " in card and "--form" not in card
+    paper = load_artifact(Path(__file__).parent / "artifacts" / "format-2.safetensors")
+    assert "--form paper" in make_card(paper, "me/x")
 
 
 def test_figures_of_other_samples_are_not_set_beside_each_other():

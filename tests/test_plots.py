@@ -244,6 +244,84 @@ def test_files_that_are_not_what_a_plot_is_made_of_are_refused(tmp_path):
     assert not plot.exists()
 
 
+def _with(whole, place, value):
+    """A copy of `whole`, with something else at a place, or nothing."""
+    changed = json.loads(json.dumps(whole))
+    *path, last = place
+    part = changed
+    for name in path:
+        part = part[name]
+    if value is None:
+        del part[last]
+    else:
+        part[last] = value
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("command", "place", "value"),
+    [
+        ("eval", ("data",), []),
+        ("eval", ("data", 0, "name"), None),
+        ("eval", ("data", 0, "rows"), []),
+        ("eval", ("data", 0, "visual_tokens"), 10**400),
+        ("eval", ("data", 0, "head", "dense"), "x"),
+        ("eval", ("data", 0, "head", "blind"), None),
+        ("eval", ("data", 0, "rows", 0, "tokens"), "x"),
+        ("eval", ("data", 0, "rows", 0, "tokens"), 0),
+        ("eval", ("data", 0, "rows", 0, "method"), ["a"]),
+        ("eval", ("data", 0, "rows", 0, "retention"), "x"),
+        ("eval", ("data", 0, "rows", 0, "retention"), 1e308),
+        ("eval", ("data", 0, "rows", 0, "retention_low"), None),
+        ("eval", ("data", 0, "rows", 0, "prefill_speedup"), [1, 2]),
+        ("eval", ("settings",), 4),
+        ("bench", ("settings",), 4),
+        ("bench", ("settings", "model"), None),
+        ("bench", ("settings", "cut"), None),
+        ("bench", ("environment",), None),
+        ("bench", ("metrics", "visual_tokens"), 0),
+        ("bench", ("metrics", "prefill_speedup"), "x"),
+        ("bench", ("intervals", "prefill_speedup"), ["a", "b"]),
+        ("bench", ("against",), {"x": {"interval": [1, 2]}}),
+    ],
+    ids=str,
+)
+def test_damaged_figures_are_named(command, place, value, tmp_path):
+    plot, file = tmp_path / "x.svg", tmp_path / "x.json"
+    whole = EVAL if command == "eval" else BENCHES[0]
+    file.write_text(json.dumps(whole))
+    assert alvts(command, "--plot", plot, "--from", file).exit_code == 0
+    plot.unlink()
+    file.write_text(json.dumps(_with(whole, place, value)))
+    assert "is not" in refused(command, "--plot", plot, "--from", file)
+    if command == "eval":
+        refused("bench", "--plot", plot, "--from", file, "--answers", file)
+    assert not plot.exists()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ("eval", "--plot", "x.svg", "--from"),
+        ("bench", "--plot", "x.svg", "--from"),
+        ("bench", "--table"),
+    ],
+    ids=" ".join,
+)
+def test_figures_that_nest_too_deep(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.json").write_text("[" * 100_000)
+    assert "x.json" in refused(*line, "x.json")
+
+
+def test_a_name_with_a_dollar_is_no_formula(tmp_path):
+    file, plot = tmp_path / "x.json", tmp_path / "x.svg"
+    whole = _with(EVAL, ("data", 0, "name"), "c$_{$.jsonl")
+    file.write_text(json.dumps(_with(whole, ("settings", "name"), "$x_{$")))
+    assert alvts("eval", "--plot", plot, "--from", file).exit_code == 0
+    assert plot.stat().st_size > 0
+
+
 def test_eval_draws_what_it_ran_and_what_was_written(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     first, again, file = (tmp_path / name for name in ("a.svg", "b.svg", "e.json"))

@@ -1,12 +1,12 @@
 """The README's table from the JSON file of a suite."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import AlvtsError
 from ..files import read_text
+from ..schema import parse_json
 
 _HEAD = (
     *("shape", "batch", "policy", ""),
@@ -21,8 +21,8 @@ def read_table(path: Path) -> str:
         AlvtsError: no such file, or not such a report.
     """
     try:
-        return to_markdown(json.loads(read_text(path, "report")))
-    except (LookupError, TypeError, ValueError):
+        return to_markdown(parse_json(read_text(path, "report")))
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
         raise AlvtsError(f"{path} is not a report of alvts bench --suite") from None
 
 

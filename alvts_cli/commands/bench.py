@@ -23,6 +23,7 @@ from .options import (
     PolicyOption,
     SelectorsOption,
     TrustOption,
+    check_alone,
     check_keep,
     check_plots,
 )
@@ -47,6 +48,7 @@ _NO_PEERS = {
 
 
 def bench(
+    context: typer.Context,
     model: ModelOption = "pocket",
     selectors: SelectorsOption = None,
     keep: KeepOption = None,
@@ -152,11 +154,13 @@ def bench(
     regression exit with 1.
     """
     if table is not None:
+        check_alone(context, "--table")
         from ..bench.markdown import read_table
 
         print(read_table(table), end="")
         return
-    check_plots(plot, earlier)
+    read = (*(image or ()), *(answers or ()), selectors)
+    check_plots(plot, earlier, read)
     if answers and plot is None:
         raise typer.BadParameter("only with --plot", param_hint="--answers")
     if plot is not None:
@@ -165,9 +169,12 @@ def bench(
 
         scores = [read_eval(path) for path in answers or []]
         if earlier:
+            check_alone(context, "--from", ("--plot", "--answers"))
             plot_speed([read_bench(path) for path in earlier], scores, plot)
             return
     gates, tolerance = _conditions(gate, baseline, max_regression)
+    if not against_plan and any(one.metric == "plan_error" for one in gates):
+        raise typer.BadParameter("plan_error needs --against-plan", param_hint="--gate")
     check_keep(keep)
     peers = _peers(against)
     _check_together(image, prompt, visual_tokens, text_tokens, random_weights)
@@ -218,7 +225,7 @@ def bench(
         parse_policy(policy)
     before = None if baseline is None else read_baseline(baseline)
     if json_file is not None:
-        check_writable(json_file)
+        check_writable(json_file, read=read)
     words = console(error=True)
     # What goes to standard output is JSON alone where that is asked for.
     aside = json_file is not None and is_stdout(json_file)

@@ -160,7 +160,7 @@ def calibrate(
 
     source = _source(data, image_folder, columns)
     # Everything that can be wrong is found before the model is loaded.
-    check_writable(output, regular=True)
+    check_writable(output, regular=True, read=[data])
     group = join(device)
     if group.first:
         context.with_resource(locked(output, "a calibration"))

@@ -34,7 +34,7 @@ def check_selectors(request: Request, json_file: Path | None) -> bool:
         AlvtsError: what `check`, loading and reading refuse, or a file that cannot be written.
     """
     if json_file is not None:
-        check_writable(json_file)
+        check_writable(json_file, read=(request.selectors, request.source.data))
     aside = json_file is not None and is_stdout(json_file)
     fitted = load_fitted(request, recorded)
     path, artifact, loaded, group = fitted.path, fitted.artifact, fitted.loaded, fitted.group

@@ -24,7 +24,8 @@ def repick_policies(request: Request, output: Path) -> None:
     Raises:
         AlvtsError: what `repick`, loading and reading refuse, or a file that cannot be written.
     """
-    check_writable(output, regular=True)
+    # Its selectors may be picked in place.
+    check_writable(output, regular=True, read=[request.source.data])
     with ExitStack() as held:
         if join(request.device).first:
             held.enter_context(locked(output, "a calibration"))

@@ -25,6 +25,7 @@ from .options import (
     SeedOption,
     SelectorsOption,
     TrustOption,
+    check_alone,
     check_plots,
     print_skipped,
     read_columns,
@@ -124,14 +125,20 @@ def evaluate(
     An interrupted run goes on where it stopped when the same command is given again. A failed gate
     exits with 1.
     """
-    check_plots(plot, earlier)
+    read = (*data, selectors, paper_selectors)
+    check_plots(plot, earlier, read)
     if plot is not None and earlier:
+        check_alone(context, "--from", ("--plot",))
         from ..plots.answers import plot_answers
         from ..plots.files import read_eval
 
         plot_answers([read_eval(path) for path in earlier], plot)
         return
     names = _methods(methods, paper_selectors is not None)
+    if plot is not None and names == ["dense"]:
+        raise typer.BadParameter("there is nothing to draw but dense", param_hint="--plot")
+    if len(set(data)) < len(data):
+        raise typer.BadParameter("a data set is there twice", param_hint="--data")
     budgets = _budgets(keep)
     gates = _gates(gate, names, list(budgets), time)
     told = read_columns(columns)
@@ -155,7 +162,7 @@ def evaluate(
     from ..terminal import console, say
 
     if json_file is not None:
-        check_writable(json_file)
+        check_writable(json_file, read=read)
     sources = [Source(one, image_folder, told) for one in data]
     sets = [read_data(source, samples, seed, scoring) for source in sources]
     group = join(device)

@@ -220,8 +220,34 @@ def check_keep(keep: str | None) -> None:
         raise typer.BadParameter(str(error), param_hint="--keep") from None
 
 
-def check_plots(plot: Path | None, earlier: list[Path] | None) -> None:
+def check_alone(context: typer.Context, option: str, beside: Sequence[str] = ()) -> None:
+    """Refuse what was given beside an option with which nothing is run, and would do nothing.
+
+    Args:
+        context: of the command.
+        option: as it is written.
+        beside: the names of parameters that may go with it.
+
+    Raises:
+        typer.BadParameter: there is something else.
+    """
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        given = source is not None and source.name == "COMMANDLINE"
+        name = max(parameter.opts, key=len)
+        if given and name not in (option, "--quiet", "--verbose", *beside):
+            raise typer.BadParameter(f"not with {option}, which runs nothing", param_hint=name)
+
+
+def check_plots(
+    plot: Path | None, earlier: list[Path] | None, read: Sequence[Path | str | None] = ()
+) -> None:
     """Refuse --from without --plot, and a --plot that cannot be drawn.
+
+    Args:
+        plot: to write to.
+        earlier: files of --from.
+        read: other files that the command reads.
 
     Raises:
         typer.BadParameter: the one without the other.
@@ -230,6 +256,6 @@ def check_plots(plot: Path | None, earlier: list[Path] | None) -> None:
     if plot is not None:
         from ..plots.chart import check_plot
 
-        check_plot(plot)
+        check_plot(plot, (*(earlier or ()), *read))
     elif earlier:
         raise typer.BadParameter("only with --plot", param_hint="--from")

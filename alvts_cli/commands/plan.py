@@ -58,7 +58,7 @@ def plan(
     from ..terminal import console
 
     if json_file is not None:
-        check_writable(json_file)
+        check_writable(json_file, read=[f"{model}/config.json"])
     asked = Wanted(keep or KEEP, policy, visual_tokens, text_tokens)
     if on == "this":
         from ..plan.describe import describe_named

@@ -13,6 +13,7 @@ from ..data import read_pictures
 from ..engine import keep_of
 from ..errors import AlvtsError
 from ..models import load_model
+from ..prompts import check_text
 from ..terminal import say
 from .options import Setup
 from .run import notice
@@ -83,9 +84,13 @@ class _Talk:
         Raises:
             AlvtsError: no such command, or one that cannot be done; all is then as it was.
         """
-        if command == "/image" and what:
-            # As a shell takes it, and as a file that is dragged to a terminal arrives.
-            self.show(read_pictures([Path(what.strip("'\"")).expanduser()]))
+        # As a shell takes it, and as a file that is dragged to a terminal arrives.
+        file = what.strip("'\"")
+        if command == "/image" and file:
+            try:
+                self.show(read_pictures([Path(file).expanduser()]))
+            except RuntimeError:
+                raise AlvtsError(f"{file}: there is no such user") from None
         elif command == "/keep" and what:
             self._select(what)
         elif command == "/dense" and not what:
@@ -104,6 +109,7 @@ class _Talk:
         """
         if not self._chat.pictures:
             raise AlvtsError("there is no picture yet; name one: /image FILE")
+        check_text(words)
         tokenizer = self._loaded.processor.tokenizer
         notice(tokenizer, words, self._unseen)
         self._unseen = ()

@@ -39,7 +39,7 @@ def answer_data(source: Source, out: Path, setup: Setup, limit: int | None, as_j
         AlvtsError: no such data, an output that cannot be written, whatever loading refuses, or no
             record that can be answered.
     """
-    check_writable(out, regular=True)
+    check_writable(out, regular=True, read=(source.data, setup.selectors))
     reader = read_data(source, limit, None)
     if source.data == "pocket" and limit is None:
         raise AlvtsError("the scenes of pocket have no end; say how many with --samples")

@@ -93,7 +93,7 @@ def show(
     from ..video import read_video
 
     picked = None if policy is None else (Picked(1.0, parse_policy(policy)),)
-    check_writable(out)
+    check_writable(out, read=(*(image or ()), video, selectors))
     images = read_pictures(image or ())
     videos = [] if video is None else [read_video(video, frames)]
     loaded = load_model(model, device, dtype, trust_remote_code)

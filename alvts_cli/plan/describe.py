@@ -121,7 +121,15 @@ def describe_named(name: str, policy: str, device: str = "cuda") -> Shape:
             "folder that it is in"
         ) from None
     family_of(config)
-    return describe(name, config, policies, device)
+    try:
+        return describe(name, config, policies, device)
+    except AlvtsError:
+        raise
+    except Exception as error:
+        # As above: transformers builds a model of whatever numbers stand there.
+        raise AlvtsError(
+            f"the config of {model_id} makes no model that runs: {first_line(error)}"
+        ) from None
 
 
 def _counts(config: Any, policy: Policy, device: str) -> Counts:

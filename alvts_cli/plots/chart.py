@@ -4,7 +4,7 @@ Colours are Okabe and Ito's (2008), which people with any kind of colour vision 
 seven lines the strokes differ too.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -34,6 +34,8 @@ _STYLE: Any = {
     "axes.grid": True,
     "grid.color": "#e3e7eb",
     "axes.axisbelow": True,
+    # A name with a dollar in it is no formula.
+    "text.parse_math": False,
     # The same file for the same figures.
     "svg.hashsalt": "alvts",
 }
@@ -78,17 +80,22 @@ class Name:
     colour: str
 
 
-def check_plot(path: Path) -> None:
+def check_plot(path: Path, read: Iterable[Path | str | None] = ()) -> None:
     """Find out before a long run whether a plot can be drawn and written.
 
+    Args:
+        path: to write to.
+        read: as `check_writable` has it.
+
     Raises:
-        AlvtsError: neither .svg nor .png, no matplotlib, or a place that cannot be written to.
+        AlvtsError: neither .svg nor .png, no matplotlib, a place that cannot be written to, or a
+            file that is read.
     """
     if path.suffix.lower() not in (".svg", ".png"):
         raise AlvtsError(f"cannot plot to {path}: its name must end in .svg or .png")
     if find_spec("matplotlib") is None:
         raise AlvtsError('plots need matplotlib; install it with: pip install "alvts[plot]"')
-    check_writable(path)
+    check_writable(path, read=read)
 
 
 @contextmanager

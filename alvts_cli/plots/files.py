@@ -1,12 +1,86 @@
 """What earlier runs of `alvts eval` and `alvts bench` wrote with --json."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ..errors import AlvtsError
 from ..files import read_text
+from ..schema import Finite, Record, Text, check, parse_json
+
+_Share = Annotated[float, Field(ge=-1e6, le=1e6)]
+"""A percentage or a ratio, however odd."""
+_Tokens = Annotated[float, Field(ge=0, le=1e9)]
+_Pair = tuple[_Share, _Share]
+
+
+class _Row(Record):
+    method: Text
+    tokens: Annotated[_Tokens, Field(gt=0)]
+    retention: _Share | None
+    retention_low: _Share | None
+    retention_high: _Share | None
+    prefill_speedup: _Share | None = None
+    prefill_speedup_low: _Share | None = None
+    prefill_speedup_high: _Share | None = None
+
+
+class _Head(Record):
+    dense: _Share
+    blind: _Share
+    samples: int
+
+
+class _Data(Record):
+    name: Text
+    visual_tokens: Annotated[_Tokens, Field(gt=0)]
+    head: _Head
+    rows: Annotated[tuple[_Row, ...], Field(min_length=1)]
+
+
+class _Eval(Record):
+    settings: dict[str, Any] | None = None
+    data: Annotated[tuple[_Data, ...], Field(min_length=1)]
+
+
+class _Metrics(Record):
+    prefill_speedup: _Share
+    prefill_speedup_limit: _Share
+    visual_tokens: Annotated[_Tokens, Field(gt=0)]
+    visual_tokens_kept: _Tokens
+
+
+class _Intervals(Record):
+    prefill_speedup: _Pair
+    prefill_speedup_limit: _Pair
+
+
+class _Peer(Record):
+    visual_tokens_kept: _Tokens
+    prefill_speedup: _Share
+    interval: _Pair
+
+
+class _Settings(Record):
+    model: Text
+    cut: bool
+    layers: int | None = None
+    hidden_size: int | None = None
+    visual_tokens: Finite
+    text_tokens: Finite
+
+
+class _Environment(Record):
+    hardware: Text
+
+
+class _Bench(Record):
+    settings: _Settings
+    environment: _Environment
+    metrics: _Metrics
+    intervals: _Intervals
+    against: dict[str, _Peer]
 
 
 def read_eval(path: Path) -> dict[str, Any]:
@@ -15,18 +89,7 @@ def read_eval(path: Path) -> dict[str, Any]:
     Raises:
         AlvtsError: no such file, or not one of those.
     """
-
-    def check(found: Any) -> bool:
-        names = ("tokens", "retention", "retention_low", "retention_high", "method", "keep")
-        return bool(found["data"]) and all(
-            data["rows"]
-            and data["visual_tokens"] > 0
-            and all(name in row for row in data["rows"] for name in names)
-            and {"dense", "blind", "samples"} <= data["head"].keys()
-            for data in found["data"]
-        )
-
-    return _read(path, "alvts eval", check)
+    return _read(path, "alvts eval", _Eval)
 
 
 def read_bench(path: Path) -> dict[str, Any]:
@@ -35,27 +98,16 @@ def read_bench(path: Path) -> dict[str, Any]:
     Raises:
         AlvtsError: no such file, or not one of those.
     """
-
-    def check(found: Any) -> bool:
-        names = ("prefill_speedup", "prefill_speedup_limit", "visual_tokens", "visual_tokens_kept")
-        return (
-            all(isinstance(found["metrics"][name], (int, float)) for name in names)
-            and all(len(found["intervals"][name]) == 2 for name in names[:2])
-            and all(len(peer["interval"]) == 2 for peer in found["against"].values())
-        )
-
-    return _read(path, "alvts bench", check)
+    return _read(path, "alvts bench", _Bench)
 
 
-def _read(path: Path, command: str, check: Callable[[Any], bool]) -> dict[str, Any]:
+def _read(path: Path, command: str, schema: type[Record]) -> dict[str, Any]:
     try:
-        found = json.loads(read_text(path))
+        found: dict[str, Any] = parse_json(read_text(path))
     except ValueError:
         raise AlvtsError(f"{path} is not JSON; give what {command} --json wrote") from None
     try:
-        whole = check(found)
-    except (KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise AlvtsError(f"{path} is not what {command} --json writes")
+        check(schema, found, str(path))
+    except AlvtsError as error:
+        raise AlvtsError(f"{path} is not what {command} --json writes: {error}") from None
     return found
