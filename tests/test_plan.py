@@ -288,6 +288,21 @@ def test_a_model_that_is_not_known_is_described_from_its_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("text_config", "num_key_value_heads", 0),
+        ("text_config", "hidden_act", "fly"),
+        ("vision_config", "patch_size", 0),
+    ],
+)
+def test_a_config_of_no_model_is_one_line(part, name, value, tmp_path):
+    config = json.loads((model_folder() / "config.json").read_text())
+    config[part][name] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "makes no model that runs" in refused("plan", "--model", tmp_path)
+
+
+@pytest.mark.parametrize(
     ("more", "code", "word"),
     [
         (("--on", "abacus"), 1, "h100"),

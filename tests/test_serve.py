@@ -193,6 +193,8 @@ _PART = {"type": "image_url", "image_url": {"url": URL, "detail": "high"}}
         ({"question": "is it " * 2500}, "leaves room for 0"),
         ({"question": "what is <image> ?"}, "<image>"),
         ({"temperature": -1}, "temperature"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"logit_bias": {"3": -1e308}}, "logit_bias"),
         ({"n": 2}, "n: "),
         (
             {"messages": [{"role": "system", "content": "x"}, *_message(_PART)["messages"]]},
@@ -248,7 +250,9 @@ def test_others_go_on_beside_bad_requests(client: Any) -> None:
 def test_what_generation_takes(client: Any) -> None:
     long = {"max_tokens": 8, "logit_bias": {END: -100}}
     greedy = said(ask(client, **long))
-    assert said(ask(client, temperature=0, **long)) == greedy
+    for cold in (0, 1e-300):
+        assert said(ask(client, temperature=cold, stop=[], **long)) == greedy
+    assert said(ask(client, temperature=0, max_tokens=8, logit_bias={}))
     drawn = {said(ask(client, temperature=2, seed=seed, **long)) for seed in range(4)}
     assert len(drawn) > 1
     assert said(ask(client, temperature=2, seed=0, **long)) in drawn

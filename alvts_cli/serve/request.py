@@ -25,16 +25,19 @@ class _Message(BaseModel):
     ]
 
 
+_COLDEST = 1e-3
+
+
 class _Request(BaseModel):
     messages: list[_Message] = Field(min_length=1)
     model: str | None = None
     stream: bool | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1, strict=True)
+    max_completion_tokens: int | None = Field(None, ge=1, strict=True)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     frequency_penalty: float | None = Field(None, gt=-1, le=2)
-    logit_bias: dict[int, float] | None = None
+    logit_bias: dict[int, Annotated[float, Field(ge=-100, le=100)]] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
     n: Literal[1] | None = None
@@ -69,8 +72,12 @@ def check_request(body: Any, sources: Sources) -> None:
         part["image_url"]["url"] = sources.read(part["image_url"]["url"], name)
     if not pictures:
         raise AlvtsError("messages: there is no image; send one as a part of type image_url")
-    # transformers takes the numbers as they came, and no whole ones.
-    body["logit_bias"] = request.logit_bias
+    # transformers takes numbers as they came, and no whole ones; an empty bias or end it refuses.
+    body["logit_bias"] = request.logit_bias or None
+    body["stop"] = request.stop or None
+    # Logits over less than this may be infinite: then the likeliest is all that is left anyway.
+    if request.temperature is not None and request.temperature < _COLDEST:
+        body["temperature"] = 0
     # transformers 5.17 knows the old name alone.
     body["max_tokens"] = body.pop("max_completion_tokens", None) or request.max_tokens
 
