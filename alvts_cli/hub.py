@@ -23,8 +23,10 @@ def selectors_file(named: str) -> Path:
         A path; that of a file that is named as such need not be there.
 
     Raises:
-        AlvtsError: a folder without selectors; no such repo, revision or file; no hub.
+        AlvtsError: no name; a folder without selectors; no such repo, revision or file; no hub.
     """
+    if not named:
+        raise AlvtsError("the name of the selectors is empty; name a file, a folder or a repo")
     path = Path(named)
     if path.is_dir():
         return _in_folder(path)

@@ -491,6 +491,12 @@ def test_options_that_do_not_go_together(line: tuple[str, ...], words: str) -> N
     assert words in turned_down(*line, code=2)
 
 
+@pytest.mark.parametrize("option", ["--check", "--repick"])
+def test_an_empty_name_is_not_the_folder_here(option: str) -> None:
+    """As from a variable of the shell that is not set."""
+    assert "is empty" in turned_down("calibrate", option, "")
+
+
 @pytest.mark.parametrize(
     "line",
     [
