@@ -274,6 +274,7 @@ def _with(whole, place, value):
         ("eval", ("data", 0, "rows", 0, "retention"), 1e308),
         ("eval", ("data", 0, "rows", 0, "retention_low"), None),
         ("eval", ("data", 0, "rows", 0, "prefill_speedup"), [1, 2]),
+        ("eval", ("data", 0, "rows", 0, "prefill_speedup"), 2.0),
         ("eval", ("settings",), 4),
         ("bench", ("settings",), 4),
         ("bench", ("settings", "model"), None),

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..errors import AlvtsError
 from ..files import read_text
@@ -24,6 +24,18 @@ class _Row(Record):
     prefill_speedup: _Share | None = None
     prefill_speedup_low: _Share | None = None
     prefill_speedup_high: _Share | None = None
+
+    @model_validator(mode="after")
+    def _with_its_interval(self) -> "_Row":
+        """
+        Raises:
+            ValueError: a figure without the ends of its interval.
+        """
+        for name in ("retention", "prefill_speedup"):
+            figure, *ends = (getattr(self, f"{name}{end}") for end in ("", "_low", "_high"))
+            if figure is not None and None in ends:
+                raise ValueError(f"{name} needs both ends of its interval")
+        return self
 
 
 class _Head(Record):
@@ -107,7 +119,7 @@ def _read(path: Path, command: str, schema: type[Record]) -> dict[str, Any]:
     except ValueError:
         raise AlvtsError(f"{path} is not JSON; give what {command} --json wrote") from None
     try:
-        check(schema, found, str(path))
+        check(schema, found, "it")
     except AlvtsError as error:
         raise AlvtsError(f"{path} is not what {command} --json writes: {error}") from None
     return found
