@@ -245,7 +245,7 @@ def test_files_that_are_not_what_a_plot_is_made_of_are_refused(tmp_path):
 
 
 def _with(whole, place, value):
-    """A copy of `whole`, with something else at a place, or nothing."""
+    """A copy of `whole`, with something else at a place; nothing for None, null for `...`."""
     changed = json.loads(json.dumps(whole))
     *path, last = place
     part = changed
@@ -254,7 +254,7 @@ def _with(whole, place, value):
     if value is None:
         del part[last]
     else:
-        part[last] = value
+        part[last] = None if value is ... else value
     return changed
 
 
@@ -276,6 +276,7 @@ def _with(whole, place, value):
         ("eval", ("data", 0, "rows", 0, "prefill_speedup"), [1, 2]),
         ("eval", ("data", 0, "rows", 0, "prefill_speedup"), 2.0),
         ("eval", ("settings",), 4),
+        ("eval", ("settings",), ...),
         ("bench", ("settings",), 4),
         ("bench", ("settings", "model"), None),
         ("bench", ("settings", "cut"), None),

@@ -52,7 +52,7 @@ class _Data(Record):
 
 
 class _Eval(Record):
-    settings: dict[str, Any] | None = None
+    settings: dict[str, Any] = Field(default_factory=dict)
     data: Annotated[tuple[_Data, ...], Field(min_length=1)]
 
 
