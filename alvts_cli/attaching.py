@@ -16,7 +16,7 @@ def attach(
     selectors: Selectors | str | os.PathLike[str],
     keep: KeepArgument | Keep = None,
     *,
-    policy: Policy | None = None,
+    policy: Policy | str | None = None,
     compile: bool | Mapping[str, Any] = False,
 ) -> Attachment:
     """Make `model` select its visual tokens in every layer, until the attachment is detached.

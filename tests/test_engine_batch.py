@@ -6,7 +6,7 @@ from tiny import CACHE, FAMILIES, IMAGE, Prompt, make_inputs, make_model, make_s
 from transformers import DynamicCache
 
 from alvts_cli import attach
-from alvts_cli.engine import cache_of
+from alvts_cli.engine import cache_of, parse_policy
 from alvts_cli.engine.calls import going_on
 
 OPTIONS = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
@@ -162,6 +162,49 @@ def test_padding_of_a_turn_of_words_stays_unseen_behind_an_image():
             alone = model(texts[b : b + 1, skip:], use_cache=True)
             expected = model(ids, pixel_values=pixels, use_cache=True, **going_on(alone))
             torch.testing.assert_close(got.logits[b], expected.logits[0], rtol=1e-4, atol=1e-4)
+
+
+def turn(model, said, ids, mask, at, images=None):
+    """A turn of every sample, behind all that was said."""
+    before = {} if said is None else going_on(said)
+    return model(
+        ids, pixel_values=images, attention_mask=mask, position_ids=at, use_cache=True, **before
+    )
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("policy", ["paper", "once", "every-4"])
+@pytest.mark.parametrize("keep", [0.25, [1.0, 0.25, 0, 5]], ids=["ratio", "schedule"])
+@pytest.mark.parametrize("image_first", [True, False])
+def test_a_turn_of_one_token_may_be_padding_in_a_sample(image_first, keep, policy, attn):
+    """Sample 1 has no second turn: nobody sees what stands in its place, and no row is empty."""
+    model = make_model("llava", attn)
+    pair = make_inputs(model, one_image("llava", 1), one_image("llava", 2))
+    image = pair["input_ids"], torch.ones_like(pair["input_ids"])
+    word, none = torch.tensor([[20], [0]]), torch.tensor([[1], [0]])
+    last = torch.tensor([[21, 22], [30, 31]]), torch.ones(2, 2, dtype=torch.int64)
+    one = torch.tensor([[23], [32]]), torch.ones(2, 1, dtype=torch.int64)
+    turns = [image, (word, none), one, (word, none), last]
+    if not image_first:
+        turns = [(word, none), one, image, (word, none), last]
+    whole = torch.cat([mask for _, mask in turns], dim=1)
+    places = (whole.cumsum(1) - 1).clamp(min=0)
+    selectors = make_selectors(policy=parse_policy(policy))
+    with torch.no_grad(), attach(model, selectors, keep):
+        said, alone = None, [None, None]
+        end = 0
+        for ids, mask in turns:
+            begin, end = end, end + ids.shape[1]
+            images = pair["pixel_values"] if ids is image[0] else None
+            at = places[:, begin:end]
+            said = turn(model, said, ids, whole[:, :end], at, images)
+            for b in range(2):
+                if not mask[b].all():
+                    continue
+                own = None if images is None else images[b : b + 1]
+                alone[b] = turn(model, alone[b], ids[b : b + 1], None, at[b : b + 1], own)
+                expected = alone[b].logits[0]
+                torch.testing.assert_close(said.logits[b], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_runs_and_is_finite():

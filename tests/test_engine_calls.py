@@ -53,17 +53,24 @@ def test_a_cache_under_another_name(keep: float) -> None:
 
 
 @pytest.mark.parametrize("keep", [0.4, 1.0])
-def test_a_forward_that_caches_without_giving_a_cache(keep: float) -> None:
-    with pytest.raises(AlvtsError, match="gives its layers no cache"):
-        call(lambda kwargs: kwargs.pop(CACHE), keep)
-
-
-def test_a_cache_that_is_filled_behind_the_hooks() -> None:
+@pytest.mark.parametrize("hidden", [(CACHE,), (CACHE, "use_cache")])
+def test_a_cache_that_is_filled_behind_the_hooks(hidden: tuple[str, ...], keep: float) -> None:
     def hide(kwargs: dict[str, Any]) -> None:
-        del kwargs[CACHE], kwargs["use_cache"]
+        for name in hidden:
+            del kwargs[name]
 
     with pytest.raises(AlvtsError, match="were not called with"):
-        call(hide)
+        call(hide, keep)
+
+
+def test_told_to_cache_without_a_cache_is_no_caching() -> None:
+    """Granite 4 Vision's decoder tells its layers so, where it is given no cache."""
+
+    def tell(kwargs: dict[str, Any]) -> None:
+        kwargs["use_cache"] = True
+
+    expected = call(lambda kwargs: None, use_cache=False).logits
+    assert torch.equal(call(tell, use_cache=False).logits, expected)
 
 
 def test_a_layer_without_rotary_tables() -> None:

@@ -13,7 +13,7 @@ from tiny import CACHE, FAMILIES, Prompt, make_inputs, one_image
 from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from alvts_cli import attach
+from alvts_cli import AlvtsError, attach
 from alvts_cli.engine import Solved, cache_of, keep_of
 from alvts_cli.engine.compiling import usual_options
 from alvts_cli.engine.scorer import SelectorScorer
@@ -366,8 +366,60 @@ def test_options_that_torch_refuses_leave_the_model_alone():
     with pytest.raises(Exception, match="nonsense"):
         attach(model, make_selectors(), 4, compile={"backend": "nonsense"})
     decoder = model.model.language_model
-    assert "forward" not in vars(decoder) and not decoder.layers[0]._forward_hooks
+    assert not any("forward" in vars(part) for part in (model.model, decoder))
+    assert not decoder.layers[0]._forward_hooks
     attach(model, make_selectors(), 4).detach()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("when", ["before", "while", "with ours"])
+def test_a_model_that_its_user_compiles_selects(when):
+    """Compiled before, it has a dense graph; while attached, one with our hooks in it: neither is
+    run, the backbone is, as ever or as we compile it."""
+    model = make_model("llava")
+    inputs = prompt(model, "llava")
+    whole = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        dense = whole(**inputs).logits if when == "before" else model(**inputs).logits
+        with attach(model, make_selectors(), 4):
+            expected = model(**inputs).logits
+        ours = {"backend": "eager"} if when == "with ours" else False
+        with attach(whole, make_selectors(), 4, compile=ours):
+            for cache in (False, True):
+                assert torch.equal(whole(**inputs, use_cache=cache).logits, expected)
+        assert torch.equal(whole(**inputs).logits, dense)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_part_that_its_user_compiles_is_refused():
+    """Hooks that come after it are not in its graph."""
+    model = make_model("llava")
+    inputs, decoder = prompt(model, "llava"), model.model.language_model
+
+    def refused_as(name):
+        with pytest.raises(AlvtsError, match=f"torch.compile has compiled {name}, a part"):
+            attach(model, make_selectors(), 4)
+
+    with torch.no_grad():
+        backbone, model.model = model.model, torch.compile(model.model, backend="eager")
+        refused_as("LlavaModel")
+        model.model = backbone
+        backbone.language_model = torch.compile(decoder, backend="eager")
+        refused_as("LlamaModel")
+        backbone.language_model = decoder
+        decoder.layers[1].compile(backend="eager")
+        refused_as("LlamaDecoderLayer")
+        decoder.layers[1]._compiled_call_impl = None
+        # And one that was swapped in later, whose hooks do not run.
+        graph = torch.compile(decoder, backend="eager")
+        backbone.language_model = graph
+        dense = model(**inputs, use_cache=False).logits
+        backbone.language_model = decoder
+        with attach(model, make_selectors(), 4):
+            backbone.language_model = graph
+            with pytest.raises(AlvtsError, match="ran without the hooks on its layers"):
+                model(**inputs, use_cache=False)
+        assert torch.equal(model(**inputs, use_cache=False).logits, dense)
 
 
 @torch._dynamo.config.patch(recompile_limit=1)

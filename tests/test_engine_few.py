@@ -8,7 +8,7 @@ from test_engine_reference import check_generation
 from tiny import FAMILIES, LAYERS, Prompt, make_inputs, make_model, make_selectors, one_image
 
 from alvts_cli import attach
-from alvts_cli.engine import PAPER, normed, placing, scorer
+from alvts_cli.engine import NAMED, PAPER, normed, placing, scorer
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +75,18 @@ def test_importance_is_told_as_without_them(family, policy, monkeypatch):
             # A sum where the other is a mean: comparing tokens does not ask for the scale.
             found = found * (wanted.amax() / found.amax())
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("policy", ["paper", "once", "every-4"])
+def test_training_goes_back_more_than_once(policy):
+    """What is unfolded of the norms' weights when selectors are placed is no part of the graph."""
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    weight = model.model.language_model.layers[0].self_attn.q_proj.weight
+    with attach(model, make_selectors(policy=NAMED[policy]), 0.25, policy=policy):
+        grads = []
+        for _ in range(2):
+            weight.grad = None
+            model(**inputs).logits.sum().backward()
+            grads.append(weight.grad)
+    assert bool(grads[0].any()) and torch.equal(*grads)

@@ -176,6 +176,20 @@ def test_two_images(kind):
     check_selection(kind, "sdpa", images=2)
 
 
+@pytest.mark.skipif("granite4_vision" not in KINDS, reason="transformers does not have it")
+def test_granite_called_without_more_words():
+    """It tells its layers to cache, and makes no cache by itself."""
+    model = a_model("granite4_vision")
+    inputs = zoo_inputs(model, "granite4_vision")
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        for keep in (0.3, 1.0):
+            with attach(model, selectors_for(model), keep):
+                got = model(**inputs).logits
+                assert torch.equal(got, model(**inputs, use_cache=False).logits)
+                assert torch.equal(got, dense) == (keep == 1.0)
+
+
 @pytest.mark.parametrize("kind", VIDEOS)
 def test_a_video(kind):
     check_selection(kind, "sdpa", images=0, video=True)

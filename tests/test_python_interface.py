@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import (
+    CACHE,
+    IMAGE,
     LAYERS,
     Prompt,
     make_inputs,
@@ -17,9 +19,11 @@ from tiny import (
     make_selectors,
     one_image,
 )
+from torch import nn
+from transformers import DynamicCache
 
 from alvts_cli import AlvtsError, attach
-from alvts_cli.engine import attach_scorer, cache_of
+from alvts_cli.engine import NAMED, Keep, attach_scorer, cache_of
 from alvts_cli.engine.calls import going_on
 
 FAMILY = "qwen2_5_vl"
@@ -239,3 +243,184 @@ def test_threads_on_a_compiled_model_are_refused_by_that_name():
                 later = pool.submit(torch.no_grad()(lambda: model(**inputs).logits)).result()
     assert len(refused) == 1 and "several threads" in refused[0]
     assert torch.equal(got, expected) and torch.equal(later, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, {"backend": "eager"}])
+def test_an_interrupt_leaves_nothing_behind(compiled):
+    """Torch calls no hooks behind what is no Exception."""
+    model = make_model(FAMILY)
+    inputs = make_inputs(model, one_image(FAMILY))
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with torch.no_grad(), attach(model, make_selectors(FAMILY), keep=0.3, compile=compiled):
+        expected = model(**inputs).logits
+        handle = model.model.visual.register_forward_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(**inputs)
+        handle.remove()
+        tokens = inputs["input_ids"].shape[1]
+        width = model.config.text_config.hidden_size
+        with pytest.raises(AlvtsError, match="tokens that alvts did not see"):
+            model.model.language_model(inputs_embeds=torch.zeros(1, tokens, width))
+        with ThreadPoolExecutor(1) as pool:
+            later = pool.submit(torch.no_grad()(lambda: model(**inputs).logits)).result()
+        assert torch.equal(later, expected)
+
+
+def test_arguments_without_names_are_those_with():
+    """Of the whole model and of its backbone: ids, pixels, mask."""
+    model = make_model("llava")
+    batch = make_inputs(model, one_image("llava", 1), Prompt([1, 5, 6], [(16, 16)], seed=2))
+    ids, mask, pixels = (batch[name] for name in ("input_ids", "attention_mask", "pixel_values"))
+    assert not mask.all()
+    with torch.no_grad(), attach(model, make_selectors(), keep=0.3):
+        expected = model(**batch)
+        assert torch.equal(model(ids, pixels, mask).logits, expected.logits)
+        states = model.model(**batch).last_hidden_state
+        assert torch.equal(model.model(ids, pixels, mask).last_hidden_state, states)
+        with pytest.raises(AlvtsError, match="pass the 2-D attention_mask"):
+            model.model(ids, pixels, mask[:, None, None].bool())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("policy", NAMED)
+def test_under_autocast(policy, dtype):
+    """Everything kept is dense bit for bit; a choice keeps as many as without, and is near it."""
+    model = make_model("llava")
+    selectors = make_selectors(policy=NAMED[policy])
+    inputs = make_inputs(model, one_image("llava"))
+    with torch.no_grad():
+        with attach(model, selectors, 0.25, policy=policy) as attachment:
+            full, kept = model(**inputs).logits, attachment.last
+        with torch.autocast("cpu", dtype):
+            dense = model(**inputs).logits
+            with attach(model, selectors, 1.0, policy=policy):
+                assert torch.equal(model(**inputs).logits, dense)
+            with attach(model, selectors, 0.25, policy=policy) as attachment:
+                got = model(**inputs).logits
+                assert attachment.last == kept and got.dtype == dtype
+                model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    # In bfloat16 another token may be chosen.
+    if dtype == torch.float16:
+        torch.testing.assert_close(got.float(), full, rtol=0.05, atol=0.05)
+
+
+def test_layers_without_selectors_and_a_prompt_without_text():
+    """Something has to run there: the first visual token."""
+    model = make_model("llava")
+    selectors = make_selectors(policy=NAMED["once"])
+    selectors.layers[2] = None
+    image = make_inputs(model, one_image("llava"))
+    ids = image["input_ids"][image["input_ids"] == IMAGE][None]
+    for policy in ("paper", "once"):
+        with (
+            torch.no_grad(),
+            attach(model, selectors, [1.0, 0.25, 0, 5], policy=policy) as attachment,
+        ):
+            chosen = []
+            attachment.watch = chosen.append
+            model(ids, pixel_values=image["pixel_values"])
+        assert attachment.last.kept[2] == (1,)
+        if policy == "paper":
+            assert chosen[1].layer == 2 and chosen[1].index.tolist() == [[0]]
+
+
+RIDDLES = {
+    "policy": (dict(policy="twice"), "unknown policy 'twice'"),
+    "policy of another kind": (dict(policy=4), "policy is a Policy or one of paper, once"),
+    "compile": (dict(compile="yes"), "compile is True, False or options"),
+    "no selectors": (dict(selectors=None), "selectors are an Artifact.*not a NoneType"),
+    "selectors of another kind": (dict(selectors={}), "selectors are an Artifact.*not a dict"),
+    "keep": (dict(keep=Keep((0.5,))), "keep has 1 values but the model has 4 layers"),
+}
+
+
+@pytest.mark.parametrize(("more", "why"), RIDDLES.values(), ids=RIDDLES)
+def test_arguments_of_another_kind_are_named(more, why):
+    given = dict(selectors=make_selectors(), keep=0.3) | more
+    model = make_model("llava")
+    with pytest.raises(AlvtsError, match=why) as error:
+        attach(model, **given)
+    assert "\n" not in str(error.value)
+    attach(model, make_selectors(), keep=0.3, policy="once").detach()
+
+
+def test_a_mask_of_another_size_is_named():
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    with torch.no_grad(), attach(model, make_selectors(), keep=0.3):
+        for mask in (inputs["attention_mask"][:, 1:], inputs["attention_mask"].expand(2, -1)):
+            with pytest.raises(AlvtsError, match="but the input_ids are 1 x 28 behind 0"):
+                model(**{**inputs, "attention_mask": mask})
+        # A cache made anew of what a selecting one holds has lost what was seen.
+        held = cache_of(model(**inputs, use_cache=True))
+        made = DynamicCache([(layer.keys, layer.values) for layer in held.layers])
+        with pytest.raises(AlvtsError, match="1 x 1 behind 16 in the KV cache"):
+            model(torch.tensor([[5]]), attention_mask=torch.ones(1, 29), **{CACHE: made})
+
+
+def test_a_projection_without_a_size_is_named():
+    class Wrapper(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, states):
+            return self.inner(states)
+
+    model = make_model("llava")
+    attention = model.model.language_model.layers[1].self_attn
+    attention.k_proj = Wrapper(attention.k_proj)
+    with pytest.raises(AlvtsError, match="k_proj of layer 1 is a Wrapper"):
+        attach(model, make_selectors(), keep=0.3)
+
+
+def test_dropout_beside_a_projection_is_no_other_way_of_scoring():
+    """A LoRA while it is trained."""
+
+    class WithDropout(nn.Linear):
+        def forward(self, states):
+            return super().forward(nn.functional.dropout(states, 0.9, self.training))
+
+    model = make_model("llava").train()
+    for layer in model.model.language_model.layers:
+        old = layer.self_attn.q_proj
+        new = WithDropout(old.in_features, old.out_features, bias=False)
+        new.weight = old.weight
+        layer.self_attn.q_proj = new
+    before = [module.training for module in model.modules()]
+    attach(model, make_selectors(), keep=0.3).detach()
+    assert [module.training for module in model.modules()] == before
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_trace_of_torch_jit_is_refused():
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    given = inputs["input_ids"], inputs["pixel_values"]
+
+    class Logits(nn.Module):
+        def forward(self, ids, pixels):
+            return model(ids, pixels, use_cache=False).logits
+
+    with (
+        torch.no_grad(),
+        attach(model, make_selectors(), keep=0.3),
+        pytest.raises(AlvtsError, match="trace the model without alvts"),
+    ):
+        torch.jit.trace(Logits(), given, check_trace=False)
+
+
+def test_placed_in_inference_mode_and_trained_outside():
+    model = make_model("llava")
+    inputs, selectors = make_inputs(model, one_image("llava")), make_selectors(policy=NAMED["each"])
+    # Of another precision than the model, so that they are copied.
+    selectors.layers = [one.to(torch.device("cpu"), torch.float64) for one in selectors.layers]
+    with torch.inference_mode():
+        attachment = attach(model, selectors, keep=0.3, policy="each")
+    with attachment:
+        model(**inputs).logits.sum().backward()
+    grad = model.model.language_model.layers[0].self_attn.q_proj.weight.grad
+    assert grad is not None and bool(grad.any())

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from types import TracebackType
 from typing import Any, NoReturn
 from weakref import WeakSet
@@ -18,14 +18,20 @@ from ..families import family_of
 from ..families.layer import parts_of
 from ..families.placing import is_offloaded, where
 from .cache import SelectiveLayer, prepare_cache
-from .calls import cache_of, check_layer_call, check_output, warn_if_untested
-from .compiling import compile_decoder, keep_in_place, usual_options
+from .calls import by_name, cache_of, check_layer_call, check_output, names_of, warn_if_untested
+from .compiling import (
+    check_not_compiled,
+    compile_decoder,
+    keep_in_place,
+    usual_options,
+    with_forward,
+)
 from .forward import Forward, Pieces, Scorer, Watch, no_phase
-from .keep import Keep, KeepArgument, resolve_keep
+from .keep import Keep, KeepArgument, check_length, resolve_keep
 from .masks import mask_style
 from .placing import Selectors, make_pieces, make_scorer, place_selectors
 from .plan import Plan, make_plan, read_inputs
-from .policy import PAPER, Policy, policy_for
+from .policy import NAMED, PAPER, Policy, parse_policy, policy_for
 from .probe import check_layers
 from .scoring import LayerSelector
 
@@ -63,7 +69,7 @@ def attach(
     selectors: Selectors,
     keep: KeepArgument | Keep = None,
     *,
-    policy: Policy | None = None,
+    policy: Policy | str | None = None,
     compile: Compile = False,
 ) -> "Attachment":
     """Make `model` select its visual tokens in every layer, until the attachment is detached.
@@ -76,17 +82,26 @@ def attach(
         selectors: fitted for this model.
         keep: see `resolve_keep`; a layer average is spent as the selectors' schedules say, where
             they have any, and None takes their default.
-        policy: which pieces are in use; None takes what calibration picked for this `keep`.
+        policy: which pieces are in use, or the name of a policy (see `policy.NAMED`); None takes
+            what calibration picked for this `keep`.
         compile: run the decoder's selecting prefill, and single tokens behind it, through
             `torch.compile`, without graph breaks (see `compiling`); True, or keyword arguments of
             `torch.compile`. True takes CUDA graphs on a GPU, `{"mode": "reduce-overhead"}`.
 
     Raises:
         AlvtsError: unknown architecture, sliding windows, an unknown attention implementation,
-            an invalid `keep`, selectors of another model, selectors without what the policy
-            needs, or a model that is attached already.
+            an argument of another kind, an invalid `keep`, selectors of another model, selectors
+            without what the policy needs, or a model that is attached already or compiled by
+            someone else.
     """
     check_whole(model)
+    if not hasattr(selectors, "layers"):
+        raise AlvtsError(
+            "selectors are an Artifact, or the name of a file or of a repository with one, not a "
+            f"{type(selectors).__name__}; see `alvts calibrate`"
+        )
+    if not isinstance(compile, bool | Mapping):
+        raise AlvtsError(f"compile is True, False or options of torch.compile, not {compile!r}")
     layers: Any = family_of(model).layers(model)
     if len(selectors.layers) != len(layers):
         raise AlvtsError(
@@ -103,6 +118,11 @@ def attach(
             parts = parts_of(layers[i])
             mine, its = f"a width of {selector.width}", f"a width of {len(parts.norm.weight)}"
             if isinstance(selector, LayerSelector):
+                if not hasattr(parts.key, "out_features"):
+                    raise AlvtsError(
+                        f"the k_proj of layer {i} is a {type(parts.key).__name__} that does not "
+                        "say how many numbers it makes; give it out_features, as nn.Linear has"
+                    )
                 mine += f" and keys of {selector.up.shape[0]}"
                 its += f" and keys of {parts.key.out_features}"
             if mine != its:
@@ -110,9 +130,11 @@ def attach(
                     f"the selector of layer {i} is for {mine} but the model has {its}; "
                     "use selectors fitted for this model"
                 )
-    if policy is None:
-        policy = policy_of(selectors, resolved)
-    chosen = policy
+    if isinstance(policy, str):
+        policy = parse_policy(policy)
+    chosen = policy_of(selectors, resolved) if policy is None else policy
+    if not isinstance(chosen, Policy):
+        raise AlvtsError(f"policy is a Policy or one of {', '.join(NAMED)}, not {policy!r}")
 
     def place() -> tuple[Scorer, Pieces]:
         placed = place_selectors(selectors.layers, layers)
@@ -151,9 +173,11 @@ def policy_of(selectors: Selectors, keep: Keep) -> Policy:
 
 def keep_of(selectors: Selectors, keep: KeepArgument | Keep) -> Keep:
     """What each layer keeps when `attach` is given `keep`; the same errors as `resolve_keep`."""
-    if isinstance(keep, Keep):
-        return keep
-    return resolve_keep(keep, len(selectors.layers), selectors.schedules, selectors.default_keep)
+    layers = len(selectors.layers)
+    if not isinstance(keep, Keep):
+        return resolve_keep(keep, layers, selectors.schedules, selectors.default_keep)
+    check_length(keep, layers)
+    return keep
 
 
 def attach_scorer(
@@ -162,8 +186,10 @@ def attach_scorer(
     """`attach` for any other way of ranking tokens; the same errors. `pieces` come from
     `make_pieces`; without them what is skipped is left alone."""
     check_whole(model)
+    layers: Any = family_of(model).layers(model)
     if not isinstance(keep, Keep):
-        keep = resolve_keep(keep, len(family_of(model).layers(model)))
+        keep = resolve_keep(keep, len(layers))
+    check_length(keep, len(layers))
     made = scorer, pieces or Pieces()
     return Attachment(model, lambda: made, keep)
 
@@ -175,12 +201,18 @@ class _State:
         thread: that it runs in; 0 for none.
     """
 
-    thread = 0
-    forward: Forward | None = None
-    cache: Any = None
-    first_hidden: Tensor | None = None
-    in_layer: AbstractContextManager[object] | None = None
-    merged: Tensor | None = None
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """No forward runs. All is there from the start, or a graph of torch.compile would be made
+        anew when it comes."""
+        self.thread = 0
+        self.forward: Forward | None = None
+        self.cache: Any = None
+        self.first_hidden: Tensor | None = None
+        self.in_layer: AbstractContextManager[object] | None = None
+        self.merged: Tensor | None = None
 
 
 class _StateOfThread(_State, threading.local):
@@ -192,7 +224,8 @@ class Attachment:
 
     A KV cache filled while attached belongs to the attached model: it lacks the tokens that each
     layer skipped. Several threads may call the model at once, but not a compiled one. After
-    `model.to(...)` the selectors follow.
+    `model.to(...)` the selectors follow. A forward pre-hook of yours on a layer is given all tokens
+    if it was there before, and what the layer runs on if it came later.
 
     Attributes:
         last: what the latest forward with visual tokens kept, in whichever thread, or None.
@@ -227,6 +260,8 @@ class Attachment:
         self._config = text_model.config
         self._keep = keep
         mask_style(self._config._attn_implementation)
+        layers: Any = family.layers(model)
+        check_not_compiled(self._backbone, (text_model, *layers))
         check_layers(model)
         if compile is not False and is_offloaded(model):
             raise AlvtsError(
@@ -242,13 +277,12 @@ class Attachment:
         self.watch: Watch | None = None
         # torch.compile loses what is written to a state of a thread.
         self._state = _StateOfThread() if compile is False else _State()
-        layers: Any = family.layers(model)
         self._layers = layers
         self._num_layers = len(layers)
         self._adds_behind = family.adds_behind(model.config)
         self._place = place
         self._placing = self._where()
-        self._scorer, self._pieces = place()
+        self._scorer, self._pieces = self._placed()
 
         self._uncompile: Callable[[], None] | None = None
         if compile is not False:
@@ -256,12 +290,8 @@ class Attachment:
             self._uncompile = compile_decoder(
                 text_model, self._plan_to_compile, self._set_plan, options
             )
-        self._handles = [
-            self._backbone.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            # Always called, so that nothing of a forward that failed is left behind.
-            self._backbone.register_forward_hook(self._after_model, always_call=True),
-            text_model.register_forward_hook(self._after_text_model, prepend=True),
-        ]
+        self._put_back = with_forward(self._backbone, self._around)
+        self._handles = [text_model.register_forward_hook(self._after_text_model, prepend=True)]
         for i, layer in enumerate(layers):
             self._handles += [
                 layer.register_forward_pre_hook(partial(self._before_layer, i), with_kwargs=True),
@@ -307,14 +337,15 @@ class Attachment:
         self._handles = []
         if self._uncompile is not None:
             self._uncompile()
-        self._forget()
+        self._put_back()
+        self._state.clear()
         _attached.discard(self._backbone)
 
-    def _forget(self) -> None:
-        """Drop the state of this thread's forward."""
-        state = self._state
-        state.thread = 0
-        state.forward = state.cache = state.first_hidden = state.in_layer = state.merged = None
+    def _placed(self) -> tuple[Scorer, Pieces]:
+        """What `place` makes: constants, wherever this is called, and no part of what training goes
+        back through, which could be gone through once."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self._place()
 
     def _where(self) -> list[tuple[torch.device, torch.dtype]]:
         """Of every layer; its norm is never quantised."""
@@ -337,27 +368,47 @@ class Attachment:
             self.watch,
         )
 
-    def _before_model(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        me = threading.get_ident()
-        if self._state.thread not in (0, me):
+    def _around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The backbone's `forward`, with a plan made before it and forgotten behind it. No hooks:
+        torch calls none behind an interrupt."""
+
+        names = names_of(forward)
+
+        @torch.compiler.disable(reason="alvts selects there; attach(..., compile=True) compiles it")
+        @wraps(forward)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            me = threading.get_ident()
+            if self._state.thread not in (0, me):
+                raise AlvtsError(
+                    "the model is compiled and runs in another thread already; attach without "
+                    "compile to call it from several threads at once"
+                )
+            try:
+                self._state.thread = me
+                self._before_model(by_name(names, args, kwargs))
+                return forward(*args, **kwargs)
+            finally:
+                self._state.clear()
+
+        return run
+
+    def _before_model(self, call: Mapping[str, Any]) -> None:
+        if torch.jit.is_tracing():
             raise AlvtsError(
-                "the model is compiled and runs in another thread already; attach without compile "
-                "to call it from several threads at once"
+                "torch.jit.trace would keep what was chosen for this one prompt; trace the model "
+                "without alvts"
             )
-        self._forget()
-        self._state.thread = me
         # Before the mask: a cache of the wrong kind brings a mask of the wrong kind with it, and
         # the cache is the cause.
-        cache = cache_of(kwargs)
+        cache = cache_of(call)
         if cache is not None:
-            prepare_cache(cache, self._num_layers, kwargs.get("attention_mask"))
-        input_ids, mask = read_inputs(args, kwargs)
+            prepare_cache(cache, self._num_layers, call.get("attention_mask"))
+        seen = 0 if cache is None else cache.get_seq_length()
+        input_ids, mask = read_inputs(call, seen)
         visual = self._family.visual_mask(self._model, input_ids)
         plan = make_plan(input_ids, visual, mask, self._keep)
         if plan.keep_counts and (placing := self._where()) != self._placing:
-            self._scorer, self._pieces = self._place()
+            self._scorer, self._pieces = self._placed()
             self._placing = placing
         self._set_plan(plan)
         if plan.keep_counts:
@@ -365,11 +416,12 @@ class Attachment:
             rank = pieces.carries[0].down.shape[0] if pieces.carries else 0
             self.last = Prefill(plan.visual_counts, plan.keep_counts, pieces.policy, rank)
 
-    def _after_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._state.thread == threading.get_ident():
-            self._forget()
-
     def _after_text_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._state.forward is not None and not self._state.forward.began:
+            raise AlvtsError(
+                "the decoder ran without the hooks on its layers, as one that torch.compile has "
+                "compiled does; attach to a model that is not compiled, with compile=True"
+            )
         check_output(output, self._state.cache)
         # transformers records the input of layer 0 as it reached the layer: the selected tokens.
         states = getattr(output, "hidden_states", None)

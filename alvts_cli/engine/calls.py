@@ -5,7 +5,7 @@ error and not a wrong answer, so whatever is not recognised is refused by name.
 """
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -40,6 +40,18 @@ def cache_of(call: Any) -> Any:
     return None
 
 
+def names_of(function: Callable[..., Any]) -> tuple[str, ...]:
+    """What a function calls its arguments, in order; of a wrapper, what the wrapped one does."""
+    return tuple(signature(function).parameters)
+
+
+def by_name(
+    names: Sequence[str], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The arguments of a call by their names, where those without one go by `names_of`."""
+    return {**dict(zip(names, args, strict=False)), **kwargs} if args else kwargs
+
+
 def going_on(output: Any) -> dict[str, Any]:
     """The KV cache of a model's output, as the keyword argument that the next call takes it by."""
     # By its first name alone: 5.24 knows both, and warns of the old one.
@@ -64,15 +76,13 @@ def check_layer_call(
         selects: whether the layer will run on a selection of them.
 
     Raises:
-        AlvtsError: a cache under an unknown name, a forward that caches but gives the layer no
-            cache; and in a layer that selects, no rotary tables, or an argument unknown to alvts
-            that has a number for every token, which would have to be selected too.
+        AlvtsError: a cache under an unknown name; and in a layer that selects, no rotary tables, or
+            an argument unknown to alvts that has a number for every token, which would have to be
+            selected too.
     """
     for name, value in kwargs.items():
         if isinstance(value, Cache) and name not in CACHE_NAMES:
             raise _unknown(f"hands its layers the KV cache as {name!r}")
-    if kwargs.get("use_cache") and cache_of(kwargs) is None:
-        raise _unknown("caches keys and values, but gives its layers no cache")
     if not selects:
         return
     if kwargs.get(POSITIONS) is None:

@@ -47,4 +47,6 @@ def carried(hidden: Tensor, latent: Tensor, carry: Carry, in_place: bool) -> Ten
     if in_place:
         hidden.view(-1, hidden.shape[-1]).addmm_(latent, up)
         return hidden
-    return torch.addmm(hidden.flatten(0, 1), latent, up).view(hidden.shape)
+    added = torch.addmm(hidden.flatten(0, 1), latent, up).view(hidden.shape)
+    # Autocast, where it is on, has the product in half precision.
+    return added.to(hidden.dtype)

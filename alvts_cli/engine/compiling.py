@@ -21,7 +21,7 @@ would be another graph.
 
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from itertools import chain
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import AlvtsError
 from .calls import cache_of
 
 State = TypeVar("State")
@@ -44,6 +45,24 @@ def usual_options(device: torch.device) -> Mapping[str, Any]:
     """What `torch.compile` is told where nothing is asked for. On a GPU launching takes longer than
     computing, and one graph is launched at once."""
     return {"mode": "reduce-overhead"} if device.type == "cuda" else {}
+
+
+def check_not_compiled(backbone: nn.Module, inner: Iterable[nn.Module]) -> None:
+    """Refuse parts that torch.compile compiled by themselves: hooks that are put in afterwards are
+    not called there. The whole model may be compiled, the backbone runs as ever in it.
+
+    Raises:
+        AlvtsError: one of them is.
+    """
+    for part in (backbone, *inner):
+        # `torch.compile(part)` and, in place, `part.compile()`.
+        wrapped = isinstance(part, torch._dynamo.OptimizedModule)
+        if wrapped or (part is not backbone and part._compiled_call_impl is not None):
+            name = type(part._orig_mod if wrapped else part).__name__
+            raise AlvtsError(
+                f"torch.compile has compiled {name}, a part of the model, where alvts cannot "
+                "select; load it without, and attach with compile=True"
+            )
 
 
 def compile_decoder(
@@ -67,7 +86,6 @@ def compile_decoder(
     # Takes a second or more to import, and is wanted here alone.
     from torch._dynamo.exc import FailOnRecompileLimitHit
 
-    own = vars(decoder).get("forward")
     plain = decoder.forward
 
     def run(state: State, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -114,14 +132,24 @@ def compile_decoder(
             )
             return plain(*args, **kwargs)
 
-    def restore() -> None:
-        if own is None:
-            del decoder.forward
-        else:
-            decoder.forward = own
+    return with_forward(decoder, lambda _: forward)
 
-    decoder.forward = forward
-    return restore
+
+def with_forward(
+    module: nn.Module, around: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Callable[[], None]:
+    """Let the `forward` of `module` be what `around` makes of it, until the returned function is
+    called, which puts the module's own back."""
+    own = vars(module).get("forward")
+    module.forward = around(module.forward)
+
+    def put_back() -> None:
+        if own is None:
+            vars(module).pop("forward", None)
+        else:
+            module.forward = own
+
+    return put_back
 
 
 def _without_graphs(options: Mapping[str, Any]) -> Mapping[str, Any] | None:

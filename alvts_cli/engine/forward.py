@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .cache import SelectiveLayer
 from .calls import POSITIONS
@@ -169,6 +170,7 @@ class Forward:
         phase: entered around the parts of a selecting layer, see `Attachment.phase`.
         stays: the coming layer is handed the selection, `[B, K, D]`, as the layer before it left
             it, and not all tokens.
+        began: a layer was reached.
     """
 
     def __init__(
@@ -199,6 +201,7 @@ class Forward:
         self._layouts: list[tuple[tuple[int, ...], Layout]] = []
         self._masks: list[tuple[Layout, Tensor | None]] = []
         self.stays = False
+        self.began = False
         self._running: _Running | None = None
 
     def before(
@@ -222,6 +225,7 @@ class Forward:
             ours: whether `hidden` may be written to.
         """
         plan = self.plan
+        self.began = True
         if self.stays:
             assert self._running is not None
             self._running.layer = i
@@ -340,7 +344,9 @@ class Forward:
             if choice.scores.device != hidden.device:
                 choice.move(hidden.device)
             return choice
-        plan.compares = policy.quality is not None
+        # A layer that ranks only in need has none, see `make_plan`.
+        selector = self._pieces.selectors[i] if policy.compares else None
+        plan.compares = policy.quality is not None and selector is not None
         scene = plan.scene(kwargs[POSITIONS], kwargs.get("position_ids"))
         with self.phase("score"):
             self._map_at_once(i)
@@ -355,9 +361,9 @@ class Forward:
                 scores = torch.where(
                     plan.visual, scores, nothing if plan.compares else scene.fill()
                 )
-            if policy.compares:
-                selector, normed = self._pieces.selectors[i], plan.normed
-                assert selector is not None and normed is not None
+            if selector is not None:
+                normed = plan.normed
+                assert normed is not None
                 latent = normed.times(selector.down, selector.eps)
                 choice.states = directions(latent, scene.present())
                 if policy.turns and policy.quality is not None:
@@ -473,4 +479,7 @@ class Forward:
         rows, slots = hidden.shape[1], past.slots
         bias, valid = past.whole_bias(rows, bias), past.whole_valid(rows, valid)
         past.expect(self.plan.tokens, valid, plain=not selects, bias=bias)
+        if valid is not None and rows == 1 and self.plan.padded:
+            # A single token that is padding sees itself, so that its row is not empty.
+            valid = functional.pad(valid[:, :-1], (0, 1), value=True)
         return build_mask(self._implementation, hidden, slots, valid, bias)

@@ -98,12 +98,9 @@ def resolve_keep(
     if isinstance(keep, str):
         keep = _parse(keep)
     if isinstance(keep, Sequence):
-        if len(keep) != num_layers:
-            raise AlvtsError(
-                f"keep has {len(keep)} values but the model has {num_layers} layers; "
-                "give one number, or one per layer"
-            )
-        return Keep(tuple(_value(v) for v in keep))
+        each = Keep(tuple(_value(v) for v in keep))
+        check_length(each, num_layers)
+        return each
     value = _value(keep)
     if value == 0:
         raise AlvtsError("keep must be above 0; for layers on text alone give one value per layer")
@@ -112,6 +109,19 @@ def resolve_keep(
         return uniform
     average = partial(uniform.count, 0)
     return Solved(uniform.values, cache(lambda tokens: spend(schedules, average(tokens), tokens)))
+
+
+def check_length(keep: Keep, num_layers: int) -> None:
+    """Refuse values for another number of layers.
+
+    Raises:
+        AlvtsError: there are more or fewer.
+    """
+    if len(keep.values) != num_layers:
+        raise AlvtsError(
+            f"keep has {len(keep.values)} values but the model has {num_layers} layers; "
+            "give one number, or one per layer"
+        )
 
 
 def spend(schedules: Schedules, average: int, visual_tokens: int) -> tuple[int, ...]:

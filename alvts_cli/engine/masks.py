@@ -56,9 +56,9 @@ def build_mask(
         None wherever the implementation's own causal path is right (nothing filled, and no past
         or a single row), so that the fast kernels are used. Else for sdpa bool, for eager
         additive in the dtype of `hidden`, both `[B or 1, 1, Q, past + Q]`; for FlashAttention
-        bool `[B, past + Q]`. A fill row sees itself, so no row is empty and no nan arises; a single
-        row is none. With a bias, additive for sdpa too; FlashAttention has no place for one, see
-        `check_bias`.
+        bool `[B, past + Q]`. A fill row sees itself, so no row is empty and no nan arises; of a
+        single row, `valid` says so. With a bias, additive for sdpa too; FlashAttention has no place
+        for one, see `check_bias`.
     """
     style = mask_style(implementation)
     rows = hidden.shape[1]

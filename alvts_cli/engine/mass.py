@@ -89,4 +89,5 @@ def pooled(kept: Tensor, hidden: Tensor, members: Members, scene: Scene) -> Tens
     # Not a product: half precision has no number for the share of a token that stands for none.
     others = members.nearest[:, None] != order
     weights = share[..., None].expand(others.shape).masked_fill(others, 0)
-    return torch.baddbmm(kept * own[..., None], weights, hidden)
+    # Autocast, where it is on, has the product in half precision.
+    return torch.baddbmm(kept * own[..., None], weights, hidden).to(hidden.dtype)

@@ -1,5 +1,6 @@
 """What one forward of the model will do, known on the host before its first layer runs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ class Plan:
 
     Attributes:
         tokens: `T`.
-        visual, text: bool `[B, T]`; in neither: padding. A single token is always text.
+        visual, text: bool `[B, T]`; in neither: padding. A single token is never visual.
         padded: whether some of the new tokens are padding.
         visual_counts, text_counts: per sample, `N` and `M`; empty for a single token.
         keep_counts: `[layer][sample]`, `k`; empty when there is no visual token.
@@ -105,31 +106,45 @@ class Plan:
         return self._scene
 
 
-def read_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """`(input_ids [B, T], attention_mask [B, >= T] or None)` from a call of the backbone.
+def read_inputs(call: Mapping[str, Any], seen: int = 0) -> tuple[Tensor, Tensor | None]:
+    """`(input_ids [B, T], attention_mask [B, T to seen + T] or None)` from a call of the backbone.
+
+    Args:
+        call: the arguments by their names, see `calls.by_name`.
+        seen: tokens behind which these come.
 
     Raises:
-        AlvtsError: there are no `input_ids`, or the mask is a prepared one.
+        AlvtsError: there are no `input_ids`, or the mask is a prepared one, or not of their size.
     """
-    input_ids = args[0] if args else kwargs.get("input_ids")
+    input_ids = call.get("input_ids")
     if input_ids is None:
         raise AlvtsError(
             "alvts finds the visual tokens in input_ids; pass input_ids, not inputs_embeds alone"
         )
-    mask = kwargs.get("attention_mask")
+    mask = call.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         raise AlvtsError(
             "alvts builds the masks of the layers itself; pass the 2-D attention_mask of the "
             "tokenizer, or none"
         )
+    if mask is not None:
+        batch, tokens = input_ids.shape
+        if len(mask) != batch or not tokens <= mask.shape[1] <= seen + tokens:
+            raise AlvtsError(
+                f"the attention_mask is {len(mask)} x {mask.shape[1]}, but the input_ids are "
+                f"{batch} x {tokens} behind {seen} in the KV cache; give it a column for each of "
+                "these tokens, and the cache as it was left"
+            )
     return input_ids, mask
 
 
 def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, keep: Keep) -> Plan:
-    """Plan a forward. Waits for the device once, and not at all for a single token.
+    """Plan a forward. Waits for the device once; for single tokens only where a batch has a mask,
+    for which the model waits by itself in the same forward.
 
     A sample with visual but no text tokens (a chunk out of the middle of an image) keeps at least
-    one of them in every layer, for an attention without any row cannot run.
+    one of them in every layer, for an attention without any row cannot run: the first one, where
+    the layer has no selector.
 
     Args:
         input_ids: `[B, T]`.
@@ -140,8 +155,13 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
     tokens = input_ids.shape[1]
     if tokens == 1:
         text = torch.ones_like(visual)
-        none = input_ids.new_empty(0)
-        return Plan(tokens, ~text, text, False, (), (), (), none, none, none, None, none, False)
+        nothing, none, padded = ~text, input_ids.new_empty(0), False
+        if attention_mask is not None and len(text) > 1:
+            # A sample that has no turn while others have one of a single token.
+            real = attention_mask[:, -1:].to(visual.device, torch.bool)
+            padded = not bool(real.all())
+            text = real if padded else text
+        return Plan(tokens, nothing, text, padded, (), (), (), none, none, none, None, none, False)
     real = torch.ones_like(visual)
     if attention_mask is not None:
         real = attention_mask[:, -tokens:].to(visual.device, torch.bool)

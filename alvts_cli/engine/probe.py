@@ -153,11 +153,12 @@ def check_layers(model: Any) -> None:
         ids = 10**6 * index
         why = None
         try:
-            reached = _reach(layer, hidden, positions, ids)
             nothing = torch.zeros_like(index, dtype=torch.bool)
             scene = Scene(nothing, positions, index, ids=ids)
-            rows = text_rows(layer, hidden, scene, rotary)
-            keys = _heads(own.key(own.norm(hidden)), own.head_dim, own.key_norm)
+            with _without_dropout(layer):
+                reached = _reach(layer, hidden, positions, ids)
+                rows = text_rows(layer, hidden, scene, rotary)
+                keys = _heads(own.key(own.norm(hidden)), own.head_dim, own.key_norm)
             keys = rotate(keys, positions, rotary)
             if not _alike(rows.query, reached.projected.query):
                 why = "makes its queries"
@@ -176,6 +177,19 @@ def check_layers(model: Any) -> None:
                 "alvts scores: it would choose the wrong tokens; run without alvts"
             )
     _checked.add(backbone)
+
+
+@contextmanager
+def _without_dropout(layer: nn.Module) -> Iterator[None]:
+    """The layer as it answers, not as it is trained: a LoRA draws its dropout anew every time."""
+    training = [module for module in layer.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 _checked: WeakSet[nn.Module] = WeakSet()

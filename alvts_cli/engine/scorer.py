@@ -51,7 +51,9 @@ class SelectorScorer:
         """`scoring.importance`, or the paper's; where not visual, what ranking wants there."""
         scene = plan.scene(layer_kwargs[POSITIONS], layer_kwargs.get("position_ids"))
         selector, normed = self.layers[layer_index], plan.normed or Normed(hidden)
-        assert selector is not None
+        if selector is None:
+            # A layer on text alone, and a chunk out of an image, without any (see `make_plan`).
+            return scene.fill()
         if isinstance(selector, PaperSelector):
             if fused(hidden.device):
                 return torch.addcmul(scene.fill(), *paper_means(normed, selector, scene))

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..engine import Attachment, Keep, Plan, attach_scorer
+from ..engine.calls import by_name, names_of
 from ..engine.plan import read_inputs
 from ..errors import AlvtsError
 from ..families import family_of
@@ -83,8 +84,11 @@ class Downsample(Method):
                 yield attachment
             return
 
+        backbone = family.backbone(model)
+        names = names_of(backbone.forward)
+
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._visual = family.visual_mask(model, read_inputs(args, kwargs)[0])
+            self._visual = family.visual_mask(model, read_inputs(by_name(names, args, kwargs))[0])
 
         def pool(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -99,7 +103,7 @@ class Downsample(Method):
 
         # Before the engine's own hooks, which run in the order they are made.
         handles = [
-            family.backbone(model).register_forward_pre_hook(see, with_kwargs=True),
+            backbone.register_forward_pre_hook(see, with_kwargs=True),
             layers[0].register_forward_pre_hook(pool, with_kwargs=True),
         ]
         try:
