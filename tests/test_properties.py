@@ -272,12 +272,18 @@ def test_a_file_of_records_is_read_or_refused(text: str, ending: str) -> None:
 
 @dataclass(frozen=True)
 class _Case:
-    """A batch and what is done with it."""
+    """A batch and what is done with it.
+
+    Attributes:
+        first, later: the turns of words before and behind the prompts: how many each sample has, 0
+            where it has no such turn.
+    """
 
     prompts: tuple[Prompt, ...]
     keep: Any
     policy: Policy
-    turns: tuple[int, ...]
+    first: tuple[tuple[int, ...], ...]
+    later: tuple[tuple[int, ...], ...]
 
 
 @st.composite
@@ -302,22 +308,62 @@ def _cases(draw: Any) -> _Case:
         quality=draw(st.sampled_from([None, 0.3, 1.0])),
         mass=draw(st.booleans()),
     )
-    return _Case(prompts, keep, policy, tuple(draw(st.lists(st.integers(1, 3), max_size=3))))
+    samples = len(prompts)
+    # Often one token or none: what a single token is told of is another path.
+    number = st.sampled_from([0, 1, 1, 2, 3])
+    lengths = st.lists(number, min_size=samples, max_size=samples).filter(any).map(tuple)
+    first, later = (tuple(draw(st.lists(lengths, max_size=most))) for most in (1, 3))
+    return _Case(prompts, keep, policy, first, later)
 
 
-def _told(model: Any, case: _Case, *prompts: Prompt) -> list[torch.Tensor]:
-    """The logits of the last token after the prompt and after every turn."""
-    inputs = make_inputs(model, *prompts)
-    mask = inputs["attention_mask"]
-    output = model(**inputs, use_cache=True)
-    told = [output.logits[:, -1]]
-    for number, length in enumerate(case.turns):
-        ids = torch.tensor([[40 + number] * length] * len(prompts))
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        output = model(input_ids=ids, attention_mask=mask, use_cache=True, **going_on(output))
+def _words(number: int, length: int) -> list[int]:
+    return [40 + number] * length
+
+
+def _told(model: Any, case: _Case) -> list[torch.Tensor]:
+    """The logits `[B, V]` of the last token after every turn, the prompts' among them. All turns
+    are left-padded; positions count what is real."""
+    prompts = make_inputs(model, *case.prompts)
+    pixels = {name: prompts.pop(name) for name in ("pixel_values",) if name in prompts}
+    batch = len(case.prompts)
+    mask = prompts["input_ids"].new_zeros(batch, 0)
+    told, before = [], {}
+    for number, turn in enumerate([*case.first, None, *case.later]):
+        if turn is None:
+            ids, real = prompts["input_ids"], prompts["attention_mask"]
+        else:
+            rows = [[0] * (max(turn) - length) + _words(number, length) for length in turn]
+            ids = torch.tensor(rows)
+            real = (ids != 0).long()
+        mask = torch.cat([mask, real], dim=1)
+        at = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        more = pixels if turn is None else {}
+        output = model(
+            input_ids=ids, attention_mask=mask, position_ids=at, use_cache=True, **more, **before
+        )
+        before = going_on(output)
         told.append(output.logits[:, -1])
-    seen = {layer.get_seq_length() for layer in cache_of(output).layers}
-    assert seen == {mask.shape[1]}
+    assert {layer.get_seq_length() for layer in cache_of(output).layers} == {mask.shape[1]}
+    return told
+
+
+def _alone(model: Any, case: _Case, i: int) -> list[torch.Tensor | None]:
+    """The same of one sample, `[1, V]`, without any padding; None where it has no turn."""
+    told: list[torch.Tensor | None] = []
+    before = {}
+    for number, turn in enumerate([*case.first, None, *case.later]):
+        if turn is None:
+            inputs = make_inputs(model, case.prompts[i])
+        elif turn[i]:
+            inputs = {"input_ids": torch.tensor([_words(number, turn[i])])}
+        else:
+            told.append(None)
+            continue
+        # Without a mask, and at the positions that follow.
+        inputs.pop("attention_mask", None)
+        output = model(**inputs, use_cache=True, **before)
+        before = going_on(output)
+        told.append(output.logits[:, -1])
     return told
 
 
@@ -327,10 +373,11 @@ def test_a_ragged_batch_is_its_samples(case: _Case) -> None:
     if not any(case.keep) if isinstance(case.keep, list) else False:
         return
     with torch.no_grad(), attach(model, selectors, case.keep, policy=case.policy):
-        together = _told(model, case, *case.prompts)
-        for i, prompt in enumerate(case.prompts):
-            for all_of, one in zip(together, _told(model, case, prompt), strict=True):
-                torch.testing.assert_close(all_of[i], one[0], rtol=1e-3, atol=1e-3)
+        together = _told(model, case)
+        for i in range(len(case.prompts)):
+            for all_of, one in zip(together, _alone(model, case, i), strict=True):
+                if one is not None:
+                    torch.testing.assert_close(all_of[i], one[0], rtol=1e-3, atol=1e-3)
 
 
 @given(_cases(), st.integers(2, 3))
