@@ -45,7 +45,8 @@ _ATTACHED = ("test_engine_dense", _WATCH, "test_engine_batch:llava")
 
 TESTS: dict[str, tuple[str, ...]] = {
     "__init__.py": ("test_engine_keep", _WATCH),
-    "attaching.py": (
+    "attaching.py": ("test_python_interface", *_ATTACHED, "test_engine_keep:resolved_before"),
+    "attachment.py": (
         *("test_engine_calls", *_ATTACHED, "test_engine_buffer", "test_python_interface"),
         *("test_engine_cache:named", "test_engine_keep:resolved_before"),
         *("test_engine_reference:recorded and llava-", "test_engine_pieces:looks"),

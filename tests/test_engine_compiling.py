@@ -455,7 +455,7 @@ def test_what_torch_is_told_where_nothing_is_asked_for(monkeypatch):
         told.append(options)
         return lambda: None
 
-    monkeypatch.setattr("alvts_cli.engine.attaching.compile_decoder", compile_nothing)
+    monkeypatch.setattr("alvts_cli.engine.attachment.compile_decoder", compile_nothing)
     for asked in (True, {"backend": "eager"}):
         attach(make_model("llava"), make_selectors(), 4, compile=asked).detach()
     assert told == [usual_options(torch.device("cpu")), {"backend": "eager"}]

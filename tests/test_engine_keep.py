@@ -1,5 +1,5 @@
 import pytest
-from tiny import make_selectors
+from tiny import LAYERS, make_selectors
 
 from alvts_cli import AlvtsError
 from alvts_cli.engine import keep_of, resolve_keep, spend
@@ -57,7 +57,7 @@ def counts(keep, tokens, layers=4):
 
 
 def test_what_was_resolved_before_is_taken_as_it_is():
-    resolved = resolve_keep(64, 3)
+    resolved = resolve_keep(64, LAYERS)
     assert keep_of(make_selectors(), resolved) is resolved
 
 

@@ -11,7 +11,7 @@ In prefill every decoder layer
 4. caches the keys and values of what it ran on, and no others (`cache`).
 
 The next layer has all tokens to choose from again. `forward` puts that together, and forward hooks
-on the layers (`attaching`) call it, inside of a wrapper around the backbone's `forward`, so that
+on the layers (`attachment`) call it, inside of a wrapper around the backbone's `forward`, so that
 what is known of a forward ends with it; nothing of transformers is patched. Another way of ranking
 tokens is one class with one method, a `Scorer`, given to `attach_scorer`. Selectors as the paper
 has them are in `paper`.

@@ -1,13 +1,7 @@
 """All that the engine offers, loaded together: torch comes with it."""
 
-from .attaching import (
-    Attachment,
-    Prefill,
-    attach,
-    attach_scorer,
-    keep_of,
-    policy_of,
-)
+from .attaching import attach, attach_scorer, keep_of, policy_of
+from .attachment import Attachment, Prefill
 from .cache import SelectiveLayer, prepare_cache
 from .calls import cache_of, new_cache
 from .carry import Carry
