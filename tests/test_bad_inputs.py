@@ -33,6 +33,8 @@ BENCH = ("bench", "--runs", "1")
 EVAL = ("eval", "--samples", "7")
 CALIBRATE = ("calibrate", "--samples", "8")
 CHECK = ("calibrate", "--check", "x.bad")
+PAPER = ("--paper-selectors", "x.bad")
+SHOW = ("show", "--image", "@scene", "--prompt", "x", "--out", "x.png")
 REPICK = ("calibrate", "--repick", "x.bad")
 FROM = ("--plot", "x.svg", "--from", "x.json")
 TRAIN = ("smol", "train", "x.gguf")
@@ -129,6 +131,7 @@ def test_a_value_that_makes_no_sense(case: tuple[tuple[str, ...], str, str]) -> 
         (*RUN, "--dense", "--keep", "0.5"),
         (*RUN, "--dense", "--compare"),
         (*RUN, "--dense", "--selectors", "x"),
+        (*RUN, "--dense", "--other-weights"),
         ("run", "--image", "@scene", "--prompt", ""),
         ("run", "--image", "@scene", "--prompt", " \n\t "),
         (*BENCH, "--image", "@scene"),
@@ -458,8 +461,8 @@ def test_records_that_are_none(
         ((*RUN, "--out", "x.jsonl"), "--out"),
         ((*RUN, "--samples", "2"), "--samples"),
         ((*RUN, "--columns", "image"), "--columns"),
-        ((*EVAL, "--columns", "image=a,image=b"), "--columns"),
-        ((*CALIBRATE, "--columns", "fly=a"), "--columns"),
+        ((*EVAL, "--data", "x.csv", "--columns", "image=a,image=b"), "'image=b' is not"),
+        ((*CALIBRATE, "--data", "x.csv", "--columns", "fly=a"), "'fly=a' is not"),
         ((*CALIBRATE, "--json", "x.json"), "--json"),
         ((*CHECK, "--rank", "8"), "--rank"),
         ((*CHECK, "--form", "paper"), "--form"),
@@ -485,10 +488,35 @@ def test_records_that_are_none(
         ((*BENCH, "--gate", "plan_error<=1"), "--gate"),
         ((*EVAL, "--methods", "dense", "--plot", "x.svg"), "--plot"),
         ((*EVAL, "--data", "pocket", "--data", "pocket"), "--data"),
+        # What would do nothing where it stands.
+        ((*CALIBRATE, "--image-folder", "."), "--image-folder"),
+        ((*CHECK, "--columns", "image=a"), "--columns"),
+        (("run", "--data", "pocket", "--out", "x.jsonl", "--columns", "image=a"), "--columns"),
+        (("run", "--data", "pocket", "--out", "x.jsonl", "--prompt", "what?"), "--prompt"),
+        ((*CHECK, "--form", "alvts"), "--form"),
+        ((*EVAL, "--image-folder", "."), "--image-folder"),
+        ((*EVAL, "--data", "easy-vqa", "--data", "pocket", "--columns", "image=a"), "--columns"),
+        ((*EVAL, "--methods", "random,vtw", "--selectors", "x"), "--selectors"),
+        ((*EVAL, "--methods", "random", "--other-weights"), "--other-weights"),
+        ((*EVAL, "--methods", "alvts", "--paper-selectors", "x"), "--paper-selectors"),
+        ((*EVAL, "--methods", "alvts-paper", *PAPER, "--selectors", "x"), "--selectors"),
+        ((*EVAL, "--methods", "dense", "--keep", "0.5"), "--keep"),
+        ((*EVAL, "--methods", "dense", "--time"), "--time"),
+        ((*SHOW, "--frames", "4"), "--frames"),
+        ((*BENCH, "--random-weights", "--trust-remote-code"), "--trust-remote-code"),
+        ((*BENCH, "--random-weights", "--other-weights"), "--other-weights"),
+        ((*BENCH, "--suite", "gpu", "--other-weights"), "--other-weights"),
+        ((*BENCH, "--suite", "gpu", "--against", "vtw"), "--against"),
     ],
 )
 def test_options_that_do_not_go_together(line: tuple[str, ...], words: str) -> None:
     assert words in turned_down(*line, code=2)
+
+
+def test_an_image_folder_goes_with_any_data_that_is_read() -> None:
+    """Beside a set that ships inside, it is of the other."""
+    line = (*EVAL, "--data", "pocket", "--data", "x.csv", "--image-folder", ".")
+    assert "there is no file x.csv" in turned_down(*line)
 
 
 @pytest.mark.parametrize("option", ["--check", "--repick"])

@@ -14,6 +14,8 @@ from ..methods import FITTED, METHODS, PAPER, check_method
 from .help import table
 from .options import (
     MOST,
+    NOT_READ,
+    OF_RECORDS,
     SPREAD,
     ColumnsOption,
     DeviceOption,
@@ -25,10 +27,11 @@ from .options import (
     SeedOption,
     SelectorsOption,
     TrustOption,
-    check_alone,
+    all_but,
     check_plots,
     print_skipped,
     read_columns,
+    refuse,
 )
 
 if TYPE_CHECKING:
@@ -128,15 +131,15 @@ def evaluate(
     read = (*data, selectors, paper_selectors)
     check_plots(plot, earlier, read)
     if plot is not None and earlier:
-        check_alone(context, "--from", ("--plot",))
+        others = all_but(context, "--from", "--plot")
+        refuse(context, others, "not with --from, which runs nothing")
         from ..plots.answers import plot_answers
         from ..plots.files import read_eval
 
         plot_answers([read_eval(path) for path in earlier], plot)
         return
     names = _methods(methods, paper_selectors is not None)
-    if plot is not None and names == ["dense"]:
-        raise typer.BadParameter("there is nothing to draw but dense", param_hint="--plot")
+    _refuse_unused(context, names, data)
     if len(set(data)) < len(data):
         raise typer.BadParameter("a data set is there twice", param_hint="--data")
     budgets = _budgets(keep)
@@ -241,6 +244,25 @@ def _methods(text: str, paper: bool) -> list[str]:
             param_hint="--paper-selectors",
         )
     return names
+
+
+def _refuse_unused(context: typer.Context, names: list[str], data: list[str]) -> None:
+    """Refuse options that none of these methods, or none of these data sets, has a use for."""
+    from ..evaluate.data import OWN
+
+    if names == ["dense"]:
+        why = "--methods has dense alone, which keeps everything"
+        refuse(context, ("--keep", "--time", "--plot"), why)
+    fitted = not set(names).isdisjoint(FITTED)
+    if not fitted:
+        why = f"only with one of {', '.join(FITTED)} in --methods"
+        refuse(context, ("--selectors",), why)
+    if PAPER not in names:
+        refuse(context, ("--paper-selectors",), f"only with {PAPER} in --methods")
+        if not fitted:
+            refuse(context, ("--other-weights",), "no method of --methods uses selectors")
+    if set(data) <= OWN.keys():
+        refuse(context, OF_RECORDS, NOT_READ)
 
 
 def _budgets(text: str) -> dict[str, int | float]:
