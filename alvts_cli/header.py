@@ -17,7 +17,7 @@ from .engine.keep import resolve_keep
 from .engine.policy import Picked, Policy
 from .errors import AlvtsError
 from .files import open_regular
-from .schema import Count, Finite, Record, Whole, check, parse_json
+from .schema import Count, Finite, Record, Whole, check, parse_json, refuse_newer
 
 FORMAT = 5
 """Raised when an older alvts would misread the file. A new key it may ignore is no reason.
@@ -283,10 +283,7 @@ def _parsed(text: bytes, size: int, path: Path) -> Header:
     except ValueError as error:
         raise AlvtsError(f"{about} is not JSON: {error}") from None
     version = check(_Version, told, about).format
-    if version > FORMAT:
-        raise AlvtsError(
-            f"{path} has format {version}, this alvts reads up to {FORMAT}; upgrade alvts"
-        )
+    refuse_newer(told, FORMAT, path)
     metadata = check(Metadata, _as_newest(told, version, path), about)
     known = _known(tensors, metadata, path)
     if version < 5:

@@ -8,7 +8,7 @@ import typer
 
 from ..bench.metrics import Gate
 from ..errors import AlvtsError
-from ..evaluate.gates import FIGURES, parse_gate
+from ..evaluate.gates import FIGURES, FORMAT, parse_gate
 from ..evaluate.scoring import SCORINGS
 from ..methods import FITTED, METHODS, PAPER, check_method
 from .help import table
@@ -156,8 +156,8 @@ def evaluate(
     from ..data import Source
     from ..evaluate.data import read_data
     from ..evaluate.figures import summarise
-    from ..evaluate.table import FORMAT, figures_by_name, to_json, to_table
     from ..evaluate.table import by_kind as kind_table
+    from ..evaluate.table import figures_by_name, to_json, to_table
     from ..families import family_of
     from ..files import check_writable, is_stdout, write_whole
     from ..models import load_model

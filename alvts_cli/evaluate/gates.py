@@ -11,6 +11,9 @@ from ..errors import AlvtsError
 from ..gates import Gate, read_gate
 from ..methods import check_method
 
+FORMAT = 1
+"""Of the JSON object with these figures; raised when a name in it changes its meaning."""
+
 FIGURES = {
     "accuracy": "percent of answers that are right",
     "retention": "accuracy in percent of dense accuracy",
