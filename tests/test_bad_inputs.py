@@ -24,6 +24,7 @@ from alvts_cli.bench import subject
 
 # Imported before anything is patched: it keeps the loader that it finds.
 from alvts_cli.commands import run_data  # noqa: F401
+from alvts_cli.pocket import WEIGHTS
 from alvts_cli.terminal import safe
 
 _HUGE = "1" * 400
@@ -468,6 +469,8 @@ def test_records_that_are_none(
         ((*CHECK, "--form", "paper"), "--form"),
         ((*CHECK, "--resume"), "--resume"),
         ((*CHECK, "--out", "x"), "--out"),
+        ((*CHECK, "--samples", "15"), "at least 16 are needed with --check"),
+        ((*REPICK, "--samples", "15"), "at least 16 are needed with --repick"),
         ((*REPICK, "--rank", "8"), "--rank"),
         ((*REPICK, "--form", "paper"), "--form"),
         ((*REPICK, "--resume"), "--resume"),
@@ -477,6 +480,7 @@ def test_records_that_are_none(
         (("show", "--image", "@scene", "--prompt", "x", "--out", "x.gif"), "--out"),
         (("serve", "--host", ""), "--host"),
         (("models", "--quiet", "--verbose"), "--quiet"),
+        ((*EVAL, "--keep", "0.1,1e-1"), "1e-1 is there twice"),
         # With these nothing is run: a gate beside them would hold whatever the figures are.
         (("eval", *FROM, "--gate", "alvts@0.33.kl<1"), "--gate"),
         (("eval", *FROM, "--json", "y.json"), "--json"),
@@ -517,6 +521,13 @@ def test_an_image_folder_goes_with_any_data_that_is_read() -> None:
     """Beside a set that ships inside, it is of the other."""
     line = (*EVAL, "--data", "pocket", "--data", "x.csv", "--image-folder", ".")
     assert "there is no file x.csv" in turned_down(*line)
+
+
+@pytest.mark.parametrize("option", ["--check", "--repick"])
+def test_too_few_records_are_found_before_the_model_is_loaded(option: str) -> None:
+    Path("x.jsonl").write_text('{"image": "a.png", "question": "x"}\n' * 15)
+    line = ("calibrate", option, str(WEIGHTS / "selectors.safetensors"), "--data", "x.jsonl")
+    assert "has 15 samples, at least 16 are needed" in turned_down(*line, "--model", "/nowhere")
 
 
 @pytest.mark.parametrize("option", ["--check", "--repick"])

@@ -138,10 +138,16 @@ def calibrate(
     output = out or Path(f"{Path(model).name}.alvts.safetensors")
     named = repick if check is None else check
     if named is not None:
+        from calibration.asking import FEWEST
+
         from .calibrate_fitted import Request
 
         source = _source(data, image_folder, columns)
         count = samples or (FITTED if check is None else CHECKED)
+        if count < FEWEST:
+            way = "--check" if repick is None else "--repick"
+            why = f"at least {FEWEST} are needed with {way}"
+            raise typer.BadParameter(why, param_hint="--samples")
         request = Request(named, model, device, dtype, trust_remote_code, source, count, seed)
         if check is None:
             from .calibrate_repick import repick_policies
