@@ -8,7 +8,7 @@ import typer
 
 from ..bench.metrics import Gate
 from ..errors import AlvtsError
-from ..evaluate.gates import FIGURES, FORMAT, parse_gate
+from ..evaluate.gates import FIGURES, FORMAT, parse_gate, read_budget
 from ..evaluate.scoring import SCORINGS
 from ..methods import FITTED, METHODS, PAPER, check_method
 from .help import table
@@ -267,17 +267,14 @@ def _refuse_unused(context: typer.Context, names: list[str], data: list[str]) ->
 
 def _budgets(text: str) -> dict[str, int | float]:
     """The budgets by how they are written: an int of tokens or a float of a ratio."""
-    from ..engine import resolve_keep
-
     budgets: dict[str, int | float] = {}
     for part in text.split(","):
-        name = part.strip()
         try:
-            (value,) = resolve_keep(name, 1).values
+            name, value = read_budget(part)
         except AlvtsError as error:
             raise typer.BadParameter(str(error), param_hint="--keep") from None
-        if value in budgets.values():
-            raise typer.BadParameter(f"{name} is there twice", param_hint="--keep")
+        if name in budgets:
+            raise typer.BadParameter(f"{part.strip()} is there twice", param_hint="--keep")
         budgets[name] = value
     return budgets
 
