@@ -36,6 +36,12 @@ _LONGEST = 100_000_000
 """Bytes of a header, as safetensors itself has it."""
 
 
+def written_keep(keep: float) -> str:
+    """A keep as it is told: a ratio with three digits, a count of tokens as what it is."""
+    counted = isinstance(keep, int) or keep > 1
+    return f"{keep:.0f} token{'s' * (keep != 1)}" if counted else f"{keep:.3f}"
+
+
 @dataclass(frozen=True)
 class LayerFit:
     """How well a layer's selector does on the samples that were not fitted.
