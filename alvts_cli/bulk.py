@@ -155,6 +155,23 @@ class Journal:
         self._write(new)
         self.lines |= {line["index"]: line for line in new}
 
+    def check_within(self, records: int) -> None:
+        """Refuse answers to records that the data do not have: they may have been more when the run
+        began, and where data have no file of their own, the facts do not tell.
+
+        Args:
+            records: that the data have.
+
+        Raises:
+            AlvtsError: there is such an answer.
+        """
+        beyond = max(self.lines, default=-1)
+        if beyond >= records:
+            raise AlvtsError(
+                f"cannot go on with {self._first}: it answers record {beyond}, which is not of "
+                f"this data ({records} records, from 0); give the same data, or delete it"
+            )
+
     def close(self) -> None:
         """Let another run go on with it."""
         self._file.close()
@@ -214,15 +231,19 @@ def answer_all(
         The seconds that the model took.
 
     Raises:
-        AlvtsError: the journal cannot be written.
+        AlvtsError: the journal cannot be written, or answers records that there are not.
     """
-    seconds = 0.0
+    # What a limit leaves out may well have been answered before.
+    if reader.total is not None and (limit is None or reader.total < limit):
+        journal.check_within(reader.total)
+    seconds, met = 0.0, 0
     selecting: Any = nullcontext()
     if job.selectors is not None:
         selecting = attach(job.loaded.model, job.selectors, job.keep)
     with selecting as attachment, closing(reader.candidates) as candidates:
         windows = _windows(islice(candidates, limit), _WINDOW * job.batch)
         for number, window in enumerate(windows):
+            met += len(window)
             if not job.group.mine(number):
                 continue
             left = [i for i, _ in window if i not in journal.lines]
@@ -239,7 +260,7 @@ def answer_all(
                     reader.skip(name, error)
                     advance(1)
             if reader.hopeless(len(prepared) + len(journal.lines)):
-                break
+                return seconds
             # The longest first: where memory is too short, that is seen at once.
             prepared.sort(key=lambda one: -one[3]["input_ids"].shape[1])
             for start in range(0, len(prepared), job.batch):
@@ -251,6 +272,9 @@ def answer_all(
                     seconds += time.perf_counter() - began
                     journal.add([asdict(line) for line in lines])
                     advance(missing)
+    # Of a stream it is known only now.
+    if limit is None or met < limit:
+        journal.check_within(met)
     return seconds
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from .artifact import Artifact
-from .header import Trial
+from .header import Trial, written_keep
 
 LIBRARY = "alvts"
 
@@ -47,6 +47,8 @@ def make_card(artifact: Artifact, repo: str) -> str:
         '--prompt "What is this?"'
     )
     mean = record.mean
+    keep = record.settings.get("keep")
+    recall_at = written_keep(keep if isinstance(keep, (int, float)) else artifact.default_keep)
     versions = ", ".join(f"{name} {value}" for name, value in record.versions.items())
     at = f" @ `{artifact.revision}`" if artifact.revision else ""
     return f"""---
@@ -74,15 +76,15 @@ with attach(model, Artifact.from_pretrained("{repo}"), keep=0.11):
 |---|---|
 | base model | `{_cell(model)}`{at}, {artifact.family} |
 | layers, width, rank | {len(artifact.layers)}, {artifact.hidden_size}, {artifact.rank} |
-| default keep ratio | {artifact.default_keep:.3f} |
+| default keep | {written_keep(artifact.default_keep)} |
 | data | {_cell(record.data)}: {record.fitted} samples fitted, {record.held_out} measured on |
 | sample ids (SHA-256) | `{record.sample_ids}` |
 | versions | {_cell(versions)} |
 
 ## What is kept
 {_policies(artifact)}
-Recall of each layer's own choice on the samples that were not fitted, at a keep ratio of
-{record.settings.get("keep", artifact.default_keep):.3f}: {mean.recall_after:.3f} (mean over layers;
+Recall of each layer's own choice on the samples that were not fitted, at a keep of
+{recall_at}: {mean.recall_after:.3f} (mean over layers;
 {mean.recall_before:.3f} before the fit).
 
 | layer | loss before | loss after | recall before | recall after |

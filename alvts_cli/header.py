@@ -17,7 +17,7 @@ from .engine.keep import resolve_keep
 from .engine.policy import Picked, Policy
 from .errors import AlvtsError
 from .files import open_regular
-from .schema import Count, Finite, Record, Whole, check, parse_json
+from .schema import Count, Finite, Record, Whole, check, parse_json, refuse_newer
 
 FORMAT = 5
 """Raised when an older alvts would misread the file. A new key it may ignore is no reason.
@@ -34,6 +34,12 @@ _FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float
 
 _LONGEST = 100_000_000
 """Bytes of a header, as safetensors itself has it."""
+
+
+def written_keep(keep: float) -> str:
+    """A keep as it is told: a ratio with three digits, a count of tokens as what it is."""
+    counted = isinstance(keep, int) or keep > 1
+    return f"{keep:.0f} token{'s' * (keep != 1)}" if counted else f"{keep:.3f}"
 
 
 @dataclass(frozen=True)
@@ -283,10 +289,7 @@ def _parsed(text: bytes, size: int, path: Path) -> Header:
     except ValueError as error:
         raise AlvtsError(f"{about} is not JSON: {error}") from None
     version = check(_Version, told, about).format
-    if version > FORMAT:
-        raise AlvtsError(
-            f"{path} has format {version}, this alvts reads up to {FORMAT}; upgrade alvts"
-        )
+    refuse_newer(told, FORMAT, path)
     metadata = check(Metadata, _as_newest(told, version, path), about)
     known = _known(tensors, metadata, path)
     if version < 5:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -80,6 +81,24 @@ def check(
         raise AlvtsError(f"{what} is not valid: {about[:200]}") from None
     except AlvtsError as error:
         raise AlvtsError(f"{what} is not valid: {str(error)[:200]}") from None
+
+
+def refuse_newer(found: Any, known: int, path: Path) -> None:
+    """Refuse a file of a format that is not known yet: its names may mean something else.
+
+    Args:
+        found: an object with a `format`; of anything else, `check` tells.
+        known: the newest that is.
+        path: of the file.
+
+    Raises:
+        AlvtsError: it is of a newer one.
+    """
+    version = found.get("format") if isinstance(found, dict) else None
+    if isinstance(version, int) and version > known:
+        raise AlvtsError(
+            f"{path} has format {version}, this alvts reads up to {known}; upgrade alvts"
+        )
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

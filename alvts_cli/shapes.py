@@ -5,6 +5,7 @@ written down; everything else stays at the library's defaults.
 """
 
 from collections.abc import Callable
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -532,12 +533,19 @@ def shape_config(name: str, layers: int | None = None, hidden_size: int | None =
             raise AlvtsError(
                 f"{name} has 1 to {text.num_hidden_layers} decoder layers to bench, not {layers}"
             )
-        text.num_hidden_layers = layers
-        if getattr(text, "layer_types", None) is not None:
-            text.layer_types = text.layer_types[:layers]
+        cut_decoder(config, layers)
     if hidden_size is not None:
         _narrow(name, config, hidden_size)
     return config
+
+
+def cut_decoder(config: Any, layers: int) -> None:
+    """Give the decoder of `config` so many layers, more or fewer than it has; their kinds go on as
+    they begin."""
+    text = config.text_config
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = list(islice(cycle(text.layer_types), layers))
 
 
 def cut_tower(config: Any, layers: int) -> None:

@@ -23,9 +23,10 @@ WHOLE = 1000
 _quiet = False
 _every = NOW_AND_THEN
 
-# C0 without tab and newline, C1, marks that turn the direction of what follows, lone surrogates.
+# C0 without tab and newline, C1, marks that turn the direction of what follows, lone surrogates,
+# and the two that are no characters, which XML does not take either.
 _OBEYED = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
 
 

@@ -24,6 +24,7 @@ from alvts_cli.bench import subject
 
 # Imported before anything is patched: it keeps the loader that it finds.
 from alvts_cli.commands import run_data  # noqa: F401
+from alvts_cli.pocket import WEIGHTS
 from alvts_cli.terminal import safe
 
 _HUGE = "1" * 400
@@ -33,6 +34,8 @@ BENCH = ("bench", "--runs", "1")
 EVAL = ("eval", "--samples", "7")
 CALIBRATE = ("calibrate", "--samples", "8")
 CHECK = ("calibrate", "--check", "x.bad")
+PAPER = ("--paper-selectors", "x.bad")
+SHOW = ("show", "--image", "@scene", "--prompt", "x", "--out", "x.png")
 REPICK = ("calibrate", "--repick", "x.bad")
 FROM = ("--plot", "x.svg", "--from", "x.json")
 TRAIN = ("smol", "train", "x.gguf")
@@ -129,6 +132,7 @@ def test_a_value_that_makes_no_sense(case: tuple[tuple[str, ...], str, str]) -> 
         (*RUN, "--dense", "--keep", "0.5"),
         (*RUN, "--dense", "--compare"),
         (*RUN, "--dense", "--selectors", "x"),
+        (*RUN, "--dense", "--other-weights"),
         ("run", "--image", "@scene", "--prompt", ""),
         ("run", "--image", "@scene", "--prompt", " \n\t "),
         (*BENCH, "--image", "@scene"),
@@ -458,13 +462,15 @@ def test_records_that_are_none(
         ((*RUN, "--out", "x.jsonl"), "--out"),
         ((*RUN, "--samples", "2"), "--samples"),
         ((*RUN, "--columns", "image"), "--columns"),
-        ((*EVAL, "--columns", "image=a,image=b"), "--columns"),
-        ((*CALIBRATE, "--columns", "fly=a"), "--columns"),
+        ((*EVAL, "--data", "x.csv", "--columns", "image=a,image=b"), "'image=b' is not"),
+        ((*CALIBRATE, "--data", "x.csv", "--columns", "fly=a"), "'fly=a' is not"),
         ((*CALIBRATE, "--json", "x.json"), "--json"),
         ((*CHECK, "--rank", "8"), "--rank"),
         ((*CHECK, "--form", "paper"), "--form"),
         ((*CHECK, "--resume"), "--resume"),
         ((*CHECK, "--out", "x"), "--out"),
+        ((*CHECK, "--samples", "15"), "at least 16 are needed with --check"),
+        ((*REPICK, "--samples", "15"), "at least 16 are needed with --repick"),
         ((*REPICK, "--rank", "8"), "--rank"),
         ((*REPICK, "--form", "paper"), "--form"),
         ((*REPICK, "--resume"), "--resume"),
@@ -474,6 +480,7 @@ def test_records_that_are_none(
         (("show", "--image", "@scene", "--prompt", "x", "--out", "x.gif"), "--out"),
         (("serve", "--host", ""), "--host"),
         (("models", "--quiet", "--verbose"), "--quiet"),
+        ((*EVAL, "--keep", "0.1,1e-1"), "1e-1 is there twice"),
         # With these nothing is run: a gate beside them would hold whatever the figures are.
         (("eval", *FROM, "--gate", "alvts@0.33.kl<1"), "--gate"),
         (("eval", *FROM, "--json", "y.json"), "--json"),
@@ -485,10 +492,42 @@ def test_records_that_are_none(
         ((*BENCH, "--gate", "plan_error<=1"), "--gate"),
         ((*EVAL, "--methods", "dense", "--plot", "x.svg"), "--plot"),
         ((*EVAL, "--data", "pocket", "--data", "pocket"), "--data"),
+        # What would do nothing where it stands.
+        ((*CALIBRATE, "--image-folder", "."), "--image-folder"),
+        ((*CHECK, "--columns", "image=a"), "--columns"),
+        (("run", "--data", "pocket", "--out", "x.jsonl", "--columns", "image=a"), "--columns"),
+        (("run", "--data", "pocket", "--out", "x.jsonl", "--prompt", "what?"), "--prompt"),
+        ((*CHECK, "--form", "alvts"), "--form"),
+        ((*EVAL, "--image-folder", "."), "--image-folder"),
+        ((*EVAL, "--data", "easy-vqa", "--data", "pocket", "--columns", "image=a"), "--columns"),
+        ((*EVAL, "--methods", "random,vtw", "--selectors", "x"), "--selectors"),
+        ((*EVAL, "--methods", "random", "--other-weights"), "--other-weights"),
+        ((*EVAL, "--methods", "alvts", "--paper-selectors", "x"), "--paper-selectors"),
+        ((*EVAL, "--methods", "alvts-paper", *PAPER, "--selectors", "x"), "--selectors"),
+        ((*EVAL, "--methods", "dense", "--keep", "0.5"), "--keep"),
+        ((*EVAL, "--methods", "dense", "--time"), "--time"),
+        ((*SHOW, "--frames", "4"), "--frames"),
+        ((*BENCH, "--random-weights", "--trust-remote-code"), "--trust-remote-code"),
+        ((*BENCH, "--random-weights", "--other-weights"), "--other-weights"),
+        ((*BENCH, "--suite", "gpu", "--other-weights"), "--other-weights"),
+        ((*BENCH, "--suite", "gpu", "--against", "vtw"), "--against"),
     ],
 )
 def test_options_that_do_not_go_together(line: tuple[str, ...], words: str) -> None:
     assert words in turned_down(*line, code=2)
+
+
+def test_an_image_folder_goes_with_any_data_that_is_read() -> None:
+    """Beside a set that ships inside, it is of the other."""
+    line = (*EVAL, "--data", "pocket", "--data", "x.csv", "--image-folder", ".")
+    assert "there is no file x.csv" in turned_down(*line)
+
+
+@pytest.mark.parametrize("option", ["--check", "--repick"])
+def test_too_few_records_are_found_before_the_model_is_loaded(option: str) -> None:
+    Path("x.jsonl").write_text('{"image": "a.png", "question": "x"}\n' * 15)
+    line = ("calibrate", option, str(WEIGHTS / "selectors.safetensors"), "--data", "x.jsonl")
+    assert "has 15 samples, at least 16 are needed" in turned_down(*line, "--model", "/nowhere")
 
 
 @pytest.mark.parametrize("option", ["--check", "--repick"])

@@ -109,8 +109,8 @@ def test_a_place_that_cannot_be_written_is_found_before_the_model_is_loaded(
     [
         (("--data", "none.json"), "there is no file none.json"),
         (("--data", "/nowhere/at/all"), "no data"),
-        (("--image-folder", "."), "an image folder goes with"),
-        (("--image-folder", "nowhere"), "there is no image folder nowhere"),
+        (("--data", ".", "--image-folder", "."), "an image folder goes with"),
+        (("--data", "x.json", "--image-folder", "nowhere"), "there is no image folder nowhere"),
         (("--rank", 4000), "rank 4000 is more than this model allows; at most 16"),
         (("--device", "cuda:77"), "device"),
     ],

@@ -12,6 +12,10 @@ import pytest
 from cli_tools import alvts, model_folder, refused, scene_file
 from PIL import Image
 
+from alvts_cli.errors import AlvtsError
+from alvts_cli.models import load_model
+from alvts_cli.spread import Group
+
 PROMPTS = ["is there a circle?", "what color is the circle?", "<image> how many red objects?"]
 
 
@@ -144,10 +148,43 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(questions, tmp_path, monke
     for broken in (b"[]\n", b"{\n", b"\xff\n", there + b"3\n", *lines):
         journal.write_bytes(broken)
         assert "is damaged; delete it" in refused(*command(questions, out))
+    questions.write_text(questions.read_text().removesuffix("\n"))
+    journal.write_bytes(there + json.dumps(line | dict(index=12)).encode() + b"\n")
+    for fewer in ((), ("--samples", 13)):
+        told = refused(*command(questions, out, *fewer))
+        assert "it answers record 12, which is not of this data (12 records" in told
+    assert not out.exists()
     journal.unlink()
     held = bulk.Journal(out, {})
     assert "another run is writing" in refused(*command(questions, out))
     held.close()
+
+
+@pytest.mark.parametrize("total", [3, None])
+def test_an_answer_beyond_the_data_is_not_gone_on_with(total, tmp_path):
+    """Also where it is known only at the end of a stream how many records there are."""
+    from alvts_cli.bulk import Job, Journal, Line, answer_all
+    from alvts_cli.data import Reader
+
+    job = Job(load_model(str(model_folder()), "cpu"), None, None, 4, 2, Group())
+    before = [asdict(Line(i, str(i), "what?", "a", 1, 2, 3, 1.5)) for i in range(4)]
+
+    def answered(limit):
+        reader = Reader("x", ((str(i), None) for i in range(3)), limit, total)
+        return answer_all(job, reader, limit, journal, lambda n: None)
+
+    with closing(Journal(tmp_path / "out.jsonl", {})) as journal:
+        journal.add(before[:3])
+        answered(None)
+        journal.add(before)
+        # What a limit leaves out was answered with a larger one.
+        for limit in (2, 3):
+            answered(limit)
+        for limit in (None, 4):
+            with pytest.raises(
+                AlvtsError, match=r"record 3, which is not of this data \(3 records"
+            ):
+                answered(limit)
 
 
 def test_a_folder_of_pictures(questions, tmp_path):

@@ -408,7 +408,7 @@ def test_bad_options_are_one_line_before_the_model_is_loaded(more, word):
         (("--data", "nothing here"), "no data"),
         (("--data", "missing.json"), "no file"),
         (("--json", "/nowhere/out.json"), "cannot write"),
-        (("--image-folder", "/nowhere"), "no image folder"),
+        (("--data", "x.json", "--image-folder", "/nowhere"), "no image folder"),
         (("--selectors", "missing.safetensors"), "missing.safetensors"),
     ],
 )
@@ -425,7 +425,7 @@ def test_damaged_pictures_are_skipped_named_and_counted(tmp_path):
         for name in ("a.png", "cut.png")
     ]
     (tmp_path / "set.json").write_text(json.dumps(records))
-    columns = ("--columns", "image=img,question=asked", "--methods", "dense")
+    columns = ("--columns", "image=img,question=asked", "--methods", "random")
     result = alvts(*COMMAND, "--data", tmp_path / "set.json", *columns)
     assert result.exit_code == 0, result.output
     assert "set.json: 1 questions" in result.stdout

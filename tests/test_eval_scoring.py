@@ -7,7 +7,7 @@ import pytest
 
 from alvts_cli import AlvtsError
 from alvts_cli.evaluate.bootstrap import Bootstrap
-from alvts_cli.evaluate.gates import FIGURES, parse_gate
+from alvts_cli.evaluate.gates import FIGURES, parse_gate, read_budget
 from alvts_cli.evaluate.scoring import choice, exact, normalise, phrases, suitable, yes_no
 
 
@@ -101,8 +101,27 @@ def test_a_gate_names_method_budget_and_figure():
 
 
 @pytest.mark.parametrize(
+    ("texts", "name", "value"),
+    [
+        (("0.1", "0.10", "1e-1", " .1 ", "1E-1", "10e-2"), "0.1", 0.1),
+        (("1e-07",), "0.0000001", 1e-7),
+        (("64", "64.0", "6.4e1", "064"), "64", 64),
+        (("1.0", "1.", "1e0"), "1.0", 1.0),
+        (("1",), "1", 1),
+    ],
+)
+def test_a_budget_has_one_name_however_it_is_written(texts, name, value):
+    for text in texts:
+        found = read_budget(text)
+        assert (found, type(found[1])) == ((name, value), type(value))
+        gate = parse_gate(f"alvts@{text.strip()}.retention>=97", ["alvts"], [name], False)
+        assert gate.metric == f"alvts@{name}.retention"
+
+
+@pytest.mark.parametrize(
     ("text", "word"),
     [
+        ("alvts@1.2.3.retention>=97", "not a number"),
         ("retention>=97", "METHOD@BUDGET"),
         ("alvts.retention>=97", "METHOD@BUDGET"),
         ("alvts@64.retention", "METHOD@BUDGET"),

@@ -4,11 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
-from cli_tools import model_folder, scene_file
+from cli_tools import alvts, model_folder, scene_file
 from hub_tools import at_hub, running_hub
 
 from alvts_cli import AlvtsError, Artifact
-from alvts_cli.artifact import load_artifact
+from alvts_cli.artifact import load_artifact, save_artifact
 from alvts_cli.hub import selectors_file
 
 ASK = ("--image", scene_file(), "--prompt", "what color is the circle?", "--max-new-tokens", 2)
@@ -128,6 +128,23 @@ def test_a_card_says_what_was_measured_and_no_path_of_this_machine():
     assert len(re.findall(r"^\| \d+ \| \d", card, re.M)) == len(shipped.layers)
     of_hub = make_card(replace(shipped, model_id="org/llava", revision="abc"), "me/picks")
     assert "base_model: org/llava" in of_hub and "@ `abc`" in of_hub
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"), [(64, "64 tokens"), (64.0, "64 tokens"), (1, "1 token"), (0.11, "0.110")]
+)
+def test_a_default_keep_is_told_as_what_it_is(keep, words, tmp_path):
+    from dataclasses import replace
+
+    from alvts_cli.card import make_card
+    from alvts_cli.pocket import WEIGHTS
+
+    shipped = load_artifact(WEIGHTS / "selectors.safetensors")
+    artifact = replace(shipped, default_keep=keep)
+    assert f"| default keep | {words} |" in make_card(artifact, "me/picks")
+    save_artifact(artifact, tmp_path / "x.safetensors")
+    told = alvts("info", tmp_path / "x.safetensors").stdout
+    assert f"default keep {words}" in " ".join(told.split())
 
 
 def test_a_card_of_odd_names_and_of_the_papers_form():

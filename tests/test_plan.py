@@ -25,6 +25,7 @@ from alvts_cli.errors import AlvtsError
 from alvts_cli.memory import count_parameters
 from alvts_cli.models import KNOWN
 from alvts_cli.plan import cards
+from alvts_cli.plan import describe as describing
 from alvts_cli.plan.cards import at, card, card_names
 from alvts_cli.plan.describe import describe
 from alvts_cli.plan.predict import Wanted, longest_batch, make_case, predict
@@ -300,6 +301,41 @@ def test_a_config_of_no_model_is_one_line(part, name, value, tmp_path):
     config[part][name] = value
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert "makes no model that runs" in refused("plan", "--model", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "layers", "word"),
+    [
+        ("text_config", 100_000, "up to 10,000 layers in the decoder"),
+        ("vision_config", 1001, "up to 1,000 layers in the vision tower"),
+    ],
+)
+def test_a_depth_of_no_model_is_one_line(part, layers, word, tmp_path):
+    config = json.loads((model_folder() / "config.json").read_text())
+    config[part]["num_hidden_layers"] = layers
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    line = refused("plan", "--model", tmp_path)
+    assert word in line and f"has {layers:,}" in line
+
+
+@pytest.mark.parametrize("name", ["smolvlm-256m", "qwen3-vl-30b-a3b"])
+def test_a_deep_model_is_counted_as_fast_as_a_shallow_one(name, monkeypatch):
+    """Tied weights, and experts; no more than two layers of a decoder are built."""
+    depths = []
+
+    def counted(config):
+        depths.append(config.text_config.num_hidden_layers)
+        return count_parameters(config)
+
+    monkeypatch.setattr(describing, "count_parameters", counted)
+    whole, config = known_shape(name), shape_config(name)
+    layer = count_parameters(shape_config(name, 2)) - count_parameters(shape_config(name, 1))
+    config.text_config.num_hidden_layers = 5000
+    config.text_config.layer_types = ["full_attention"] * 5000
+    deep = describing.describe(name, config, {"paper": NAMED["paper"]})
+    assert deep.parameters == whole.parameters + (5000 - whole.layers) * layer
+    assert (deep.layers, deep.vision) == (5000, whole.vision)
+    assert max(depths) == 2
 
 
 @pytest.mark.parametrize(

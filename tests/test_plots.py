@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from alvts_cli.plots.answers import plot_answers
 from alvts_cli.plots.budget import plot_budget
 from alvts_cli.plots.chart import COLOURS, spread
 from alvts_cli.plots.speed import plot_speed
+from alvts_cli.terminal import safe
 
 
 def row(method, keep, tokens, kept):
@@ -301,15 +303,26 @@ def test_damaged_figures_are_named(command, place, value, tmp_path):
     assert not plot.exists()
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        ("eval", "--plot", "x.svg", "--from"),
-        ("bench", "--plot", "x.svg", "--from"),
-        ("bench", "--table"),
-    ],
-    ids=" ".join,
-)
+READ = [
+    ("eval", "--plot", "x.svg", "--from"),
+    ("bench", "--plot", "x.svg", "--from"),
+    ("bench", "--plot", "x.svg", "--answers"),
+    ("bench", "--baseline"),
+    ("bench", "--table"),
+]
+
+
+@pytest.mark.parametrize("line", READ, ids=" ".join)
+def test_figures_of_a_newer_format(line, tmp_path, monkeypatch):
+    """Their names may mean something else; what else they hold does not matter."""
+    monkeypatch.chdir(tmp_path)
+    whole = EVAL if line[0] == "eval" or "--answers" in line else BENCHES[0]
+    (tmp_path / "x.json").write_text(json.dumps({**whole, "format": 99}))
+    line = refused(*line, "x.json")
+    assert "x.json has format 99, this alvts reads up to 1; upgrade alvts" in line
+
+
+@pytest.mark.parametrize("line", READ, ids=" ".join)
 def test_figures_that_nest_too_deep(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x.json").write_text("[" * 100_000)
@@ -322,6 +335,20 @@ def test_a_name_with_a_dollar_is_no_formula(tmp_path):
     file.write_text(json.dumps(_with(whole, ("settings", "name"), "$x_{$")))
     assert alvts("eval", "--plot", plot, "--from", file).exit_code == 0
     assert plot.stat().st_size > 0
+
+
+@pytest.mark.parametrize("odd", ["\x00", "\x1b[2J", "\x0c", "\uffff", "\u202e"])
+def test_a_name_that_xml_does_not_take_is_escaped(odd, tmp_path):
+    file, plot = tmp_path / "x.json", tmp_path / "x.svg"
+    whole = _with(EVAL, ("data", 0, "name"), f"set{odd}")
+    whole = _with(whole, ("data", 0, "rows", 2, "method"), f"way{odd}")
+    file.write_text(json.dumps(_with(whole, ("settings", "name"), f"model{odd}")))
+    assert alvts("eval", "--plot", plot, "--from", file).exit_code == 0
+    text = plot.read_text()
+    ElementTree.fromstring(text)
+    shown = safe(odd)
+    assert shown != odd and odd not in text
+    assert all(f"{name}{shown}" in text for name in ("set", "way", "model"))
 
 
 def test_eval_draws_what_it_ran_and_what_was_written(tmp_path, monkeypatch):

@@ -196,6 +196,25 @@ _PART = {"type": "image_url", "image_url": {"url": URL, "detail": "high"}}
         ({"max_tokens": True}, "max_tokens"),
         ({"logit_bias": {"3": -1e308}}, "logit_bias"),
         ({"n": 2}, "n: "),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: "),
+        ({"tool_choice": "required"}, "tool_choice: "),
+        ({"functions": [{"name": "f"}]}, "functions: "),
+        ({"response_format": {"type": "json_object"}}, "response_format: "),
+        ({"response_format": {"type": "json_object"}, "stream": True}, "response_format: "),
+        ({"logprobs": True}, "logprobs: "),
+        ({"top_logprobs": 3}, "top_logprobs: "),
+        ({"presence_penalty": 0.5}, "presence_penalty: "),
+        ({"modalities": ["text", "audio"]}, "modalities: "),
+        ({"reasoning_effort": "high"}, "reasoning_effort: "),
+        (
+            {
+                "messages": [
+                    *_message(_PART)["messages"],
+                    {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]},
+                ]
+            },
+            "messages.1.tool_calls: ",
+        ),
         (
             {"messages": [{"role": "system", "content": "x"}, *_message(_PART)["messages"]]},
             "system",
@@ -258,6 +277,30 @@ def test_what_generation_takes(client: Any) -> None:
     assert said(ask(client, temperature=2, seed=0, **long)) in drawn
     limited = ask(client, max_completion_tokens=3, logit_bias={END: -100})
     assert (limited.usage.completion_tokens, limited.choices[0].finish_reason) == (3, "length")
+
+
+def test_fields_that_leave_an_answer_as_it_is(client: Any) -> None:
+    unasked = {
+        **{"tools": [], "functions": [], "tool_choice": "none", "logprobs": False},
+        **{"top_logprobs": None, "response_format": {"type": "text"}, "modalities": ["text"]},
+        **{"presence_penalty": 0, "parallel_tool_calls": True, "user": "somebody"},
+        **{"metadata": {"a": "b"}, "store": True, "service_tier": "auto"},
+    }
+    assert said(ask(client, extra_body=unasked)) == "9"
+
+
+def test_an_answer_ends_with_a_stop(client: Any) -> None:
+    long = {"max_tokens": 8, "logit_bias": {END: -100}}
+    words = said(ask(client, **long)).split()
+    # In the middle of a word, and over the space between two; and a word that is never said.
+    for end in (words[2][1:] or words[2], f"{words[1]} {words[2]}"):
+        reply = ask(client, stop=["xyzzy", end], **long)
+        first = min(n for n in range(9) if end in " ".join(words[:n]))
+        assert (said(reply), reply.choices[0].finish_reason) == (" ".join(words[:first]), "stop")
+    chunks = list(ask(client, stop=words[1], stream=True, **long))
+    streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert streamed == said(ask(client, stop=words[1], **long))
+    assert said(ask(client, stop=["", "xyzzy"], **long)).split() == words
 
 
 def test_several_pictures_and_turns(client: Any) -> None:

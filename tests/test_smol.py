@@ -78,9 +78,11 @@ def test_a_resumed_training_equals_an_uninterrupted_one(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert any(value.abs().max() > 0 for name, value in whole.items() if name.endswith(".b"))
     loaded = load_model("pocket")
-    with pytest.raises(AlvtsError, match="another recipe"):
-        start = pocket_adapter(loaded.model)
-        train.train(loaded.model, loaded.processor, start, tmp_path / "b", train.Recipe(3))
+    start = pocket_adapter(loaded.model)
+    other = {**start, "lora.0.q_proj.b": start["lora.0.q_proj.b"] + 1}
+    for begin, changed in ((start, train.Recipe(3, 2)), (other, recipe)):
+        with pytest.raises(AlvtsError, match="of another recipe or began with another adapter"):
+            train.train(loaded.model, loaded.processor, begin, tmp_path / "b", changed)
 
 
 def test_merging_is_what_training_ran_on() -> None:

@@ -12,8 +12,8 @@ from pydantic import model_validator
 
 from ..errors import AlvtsError
 from ..files import read_text
-from ..schema import Record, check, parse_json
-from .metrics import METRICS
+from ..schema import Record, check, parse_json, refuse_newer
+from .metrics import FORMAT, METRICS
 
 # Selectors of another calibration may be compared, those of another rank not.
 SAME = (
@@ -81,13 +81,15 @@ def read_baseline(path: Path) -> dict[str, Any]:
     """The report of an earlier run.
 
     Raises:
-        AlvtsError: no such file, or not such a report: one that any run would pass.
+        AlvtsError: no such file, one of a newer format, or not such a report: one that any run
+            would pass.
     """
     text = read_text(path, "baseline")
     try:
         report = parse_json(text)
     except ValueError as error:
         raise AlvtsError(f"{path} is not JSON: {error}") from None
+    refuse_newer(report, FORMAT, path)
     return check(_Report, report, f"{path} is not a report of alvts bench: it").model_dump()
 
 

@@ -31,7 +31,7 @@ from ..engine import Policy, attach
 from ..engine.calls import going_on
 from ..engine.masks import mask_style
 from ..families import family_of
-from ..shapes import cut_tower
+from ..shapes import cut_decoder, cut_tower
 from .selectors import random_selectors
 
 KEEP = 1 / 9
@@ -223,10 +223,7 @@ def _fake_model(config: Any, dtype: torch.dtype, device: str) -> _Shell:
     from transformers import AutoModelForImageTextToText
 
     config = copy.deepcopy(config)
-    text = config.text_config
-    text.num_hidden_layers = 7
-    if getattr(text, "layer_types", None) is not None:
-        text.layer_types = (text.layer_types * 7)[:7]
+    cut_decoder(config, 7)
     # It is thrown away, and building it takes longer than the decoder.
     cut_tower(config, 1)
     if mask_style(config._attn_implementation or "sdpa") == "flash":

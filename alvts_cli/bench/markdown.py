@@ -6,7 +6,10 @@ from typing import Any
 
 from ..errors import AlvtsError
 from ..files import read_text
-from ..schema import parse_json
+from ..schema import parse_json, refuse_newer
+
+FORMAT = 1
+"""Of a suite's JSON object; raised when a name in it changes its meaning."""
 
 _HEAD = (
     *("shape", "batch", "policy", ""),
@@ -18,10 +21,12 @@ def read_table(path: Path) -> str:
     """`to_markdown` of the file of an earlier `alvts bench --suite`.
 
     Raises:
-        AlvtsError: no such file, or not such a report.
+        AlvtsError: no such file, not such a report, or one of a newer format.
     """
     try:
-        return to_markdown(parse_json(read_text(path, "report")))
+        report = parse_json(read_text(path, "report"))
+        refuse_newer(report, FORMAT, path)
+        return to_markdown(report)
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
         raise AlvtsError(f"{path} is not a report of alvts bench --suite") from None
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from ..errors import AlvtsError
 from ..gates import Gate, read_gate
 
+FORMAT = 1
+"""Of the JSON object with these figures; raised when a name in it changes its meaning."""
+
 
 @dataclass(frozen=True)
 class Metric:

@@ -16,11 +16,9 @@ from rich.table import Table
 
 from .. import __version__
 from .measure import Measurement
+from .metrics import FORMAT
 from .statistics import spread
 from .timing import Generated
-
-FORMAT = 1
-"""Of the JSON object; raised when a name in it changes its meaning."""
 
 _TIMES = {
     "vision_ms": "vision tower, ms",

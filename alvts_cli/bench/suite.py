@@ -13,13 +13,11 @@ from typing import Any
 from ..errors import AlvtsError
 from ..models import first_line
 from . import decode
+from .markdown import FORMAT
 from .measure import measure
 from .report import environment, to_json
 from .subject import Subject, Wanted, random_subject, variant
 from .tracing import traced_kernels
-
-FORMAT = 1
-"""Of the JSON object; raised when a name in it changes its meaning."""
 
 SHAPES = ("llava-1.5-7b", "llava-next-7b", "qwen2.5-vl-7b")
 BATCHES = (1, 8)

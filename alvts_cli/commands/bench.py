@@ -1,6 +1,6 @@
 """`alvts bench`: dense against selective, side by side in one run."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,9 +23,10 @@ from .options import (
     PolicyOption,
     SelectorsOption,
     TrustOption,
-    check_alone,
+    all_but,
     check_keep,
     check_plots,
+    refuse,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +46,12 @@ _NO_PEERS = {
     "downsample": "downsample changes the picture, and the prompt with it",
 }
 """Methods that --against does not take, and why."""
+
+_OF_SUITE = (
+    *("--suite", "--keep", "--visual-tokens", "--text-tokens", "--runs", "--layers"),
+    *("--hidden-size", "--random-weights", "--device", "--dtype", "--json"),
+)
+"""Options of a suite; it decides the others itself, and its weights are random in any case."""
 
 
 def bench(
@@ -154,22 +161,23 @@ def bench(
     regression exit with 1.
     """
     if table is not None:
-        check_alone(context, "--table")
+        refuse(context, all_but(context, "--table"), "not with --table, which runs nothing")
         from ..bench.markdown import read_table
 
         print(read_table(table), end="")
         return
     read = (*(image or ()), *(answers or ()), selectors)
     check_plots(plot, earlier, read)
-    if answers and plot is None:
-        raise typer.BadParameter("only with --plot", param_hint="--answers")
-    if plot is not None:
+    if plot is None:
+        refuse(context, ("--answers",), "only with --plot")
+    else:
         from ..plots.files import read_bench, read_eval
         from ..plots.speed import plot_speed
 
         scores = [read_eval(path) for path in answers or []]
         if earlier:
-            check_alone(context, "--from", ("--plot", "--answers"))
+            others = all_but(context, "--from", "--plot", "--answers")
+            refuse(context, others, "not with --from, which runs nothing")
             plot_speed([read_bench(path) for path in earlier], scores, plot)
             return
     gates, tolerance = _conditions(gate, baseline, max_regression)
@@ -178,34 +186,20 @@ def bench(
     check_keep(keep)
     peers = _peers(against)
     _check_together(image, prompt, visual_tokens, text_tokens, random_weights)
-    for option, given in (
-        *(("--profile", profile), ("--against", against)),
-        *(("--decode", decode), ("--against-plan", against_plan)),
-    ):
-        if compile and given:
-            raise typer.BadParameter("not with --compile", param_hint=option)
-    for option, value in (("--layers", layers), ("--hidden-size", hidden_size)):
-        if value is not None and not (random_weights or suite):
-            raise typer.BadParameter("only with --random-weights", param_hint=option)
+    if compile:
+        shown = ("--profile", "--against", "--decode", "--against-plan")
+        refuse(context, shown, "not with --compile")
     if suite is not None:
-        _check_suite(
-            suite,
-            {
-                "--model": model != "pocket",
-                "--selectors": selectors,
-                "--policy": policy,
-                "--batch": batch != 1,
-                "--image": image,
-                "--against": against,
-                "--profile": profile,
-                "--compile": compile,
-                "--decode": decode,
-                "--against-plan": against_plan,
-                "--gate": gate,
-                "--baseline": baseline,
-                "--plot": plot,
-            },
-        )
+        if suite != "gpu":
+            raise typer.BadParameter(f"unknown suite {suite!r}; known: gpu", param_hint="--suite")
+        refuse(context, all_but(context, *_OF_SUITE), "not with --suite")
+    elif not random_weights:
+        refuse(context, ("--layers", "--hidden-size"), "only with --random-weights")
+    else:
+        refuse(context, ("--trust-remote-code",), "not with --random-weights")
+        if selectors is None:
+            why = "with --random-weights only beside --selectors"
+            refuse(context, ("--other-weights",), why)
 
     import json
 
@@ -301,15 +295,6 @@ def _progress(console: "Console", steps: int) -> Iterator[Callable[[], None]]:
     with bars(console) as progress:
         task = progress.add_task("measuring", total=steps)
         yield lambda: progress.advance(task)
-
-
-def _check_suite(suite: str, others: Mapping[str, object]) -> None:
-    """Refuse an unknown suite, and what is given beside it that a suite decides itself."""
-    if suite != "gpu":
-        raise typer.BadParameter(f"unknown suite {suite!r}; known: gpu", param_hint="--suite")
-    for option, given in others.items():
-        if given:
-            raise typer.BadParameter("not with --suite", param_hint=option)
 
 
 def _conditions(

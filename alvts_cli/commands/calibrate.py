@@ -2,7 +2,6 @@
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,8 @@ import typer
 
 from .options import (
     MOST,
+    NOT_READ,
+    OF_RECORDS,
     SPREAD,
     ColumnsOption,
     DeviceOption,
@@ -18,8 +19,10 @@ from .options import (
     ModelOption,
     SeedOption,
     TrustOption,
+    all_but,
     print_skipped,
     read_columns,
+    refuse,
 )
 
 if TYPE_CHECKING:
@@ -27,6 +30,12 @@ if TYPE_CHECKING:
 
 FITTED = 256
 CHECKED = 32
+
+_MEASURES = (
+    *("--model", "--data", "--image-folder", "--columns", "--samples", "--seed"),
+    *("--device", "--dtype", "--trust-remote-code"),
+)
+"""Options that say what is measured on, whether anything is fitted or not."""
 
 EPILOG = (
     "Example: `alvts calibrate --model llava-1.5-7b --data llava_v1_5_mix665k.json --image-folder "
@@ -118,19 +127,27 @@ def calibrate(
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-    if json_file is not None and check is None:
-        raise typer.BadParameter("only with --check", param_hint="--json")
-    if check is not None and repick is not None:
-        raise typer.BadParameter("not with --check", param_hint="--repick")
+    if check is not None:
+        refuse(context, all_but(context, "--check", "--json", *_MEASURES), "not with --check")
+    elif repick is not None:
+        refuse(context, all_but(context, "--repick", "--out", *_MEASURES), "not with --repick")
+    else:
+        refuse(context, ("--json",), "only with --check")
+    if data == "pocket":
+        refuse(context, OF_RECORDS, NOT_READ)
     output = out or Path(f"{Path(model).name}.alvts.safetensors")
     named = repick if check is None else check
     if named is not None:
-        fits = {"--form": form != "alvts", "--rank": rank, "--resume": resume}
-        _refuse({**fits, "--out": check and out}, "--check" if repick is None else "--repick")
+        from calibration.asking import FEWEST
+
         from .calibrate_fitted import Request
 
         source = _source(data, image_folder, columns)
         count = samples or (FITTED if check is None else CHECKED)
+        if count < FEWEST:
+            way = "--check" if repick is None else "--repick"
+            why = f"at least {FEWEST} are needed with {way}"
+            raise typer.BadParameter(why, param_hint="--samples")
         request = Request(named, model, device, dtype, trust_remote_code, source, count, seed)
         if check is None:
             from .calibrate_repick import repick_policies
@@ -249,10 +266,3 @@ def _source(data: str, image_folder: Path | None, columns: str | None) -> "Sourc
     from ..data import Source
 
     return Source(data, image_folder, read_columns(columns))
-
-
-def _refuse(given: Mapping[str, object], beside: str) -> None:
-    """Refuse options that say how to fit, beside one with which nothing is fitted."""
-    for option, value in given.items():
-        if value:
-            raise typer.BadParameter(f"not with {beside}", param_hint=option)

@@ -9,8 +9,10 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 
 from calibration import Reader, Source, Watch, read_data
+from calibration.asking import FEWEST
 
 from ..artifact import Artifact, load_artifact
+from ..errors import AlvtsError
 from ..hub import selectors_file
 from ..models import Loaded, load_model
 from ..spread import Group, join
@@ -91,6 +93,10 @@ def load_fitted(request: Request, check: Callable[[Artifact], object]) -> Fitted
     artifact = load_artifact(path)
     check(artifact)
     reader = read_data(request.source, request.samples, (request.seed + 1) % 2**32)
+    if reader.total is not None and reader.total < FEWEST:
+        raise AlvtsError(
+            f"{request.source.data} has {reader.total} samples, at least {FEWEST} are needed"
+        )
     group = join(request.device)
     loaded = load_model(request.model, request.device, request.dtype, request.trust_remote_code)
     words = console(error=True)

@@ -8,12 +8,14 @@ import typer
 
 from ..bench.metrics import Gate
 from ..errors import AlvtsError
-from ..evaluate.gates import FIGURES, parse_gate
+from ..evaluate.gates import FIGURES, FORMAT, parse_gate, read_budget
 from ..evaluate.scoring import SCORINGS
 from ..methods import FITTED, METHODS, PAPER, check_method
 from .help import table
 from .options import (
     MOST,
+    NOT_READ,
+    OF_RECORDS,
     SPREAD,
     ColumnsOption,
     DeviceOption,
@@ -25,10 +27,11 @@ from .options import (
     SeedOption,
     SelectorsOption,
     TrustOption,
-    check_alone,
+    all_but,
     check_plots,
     print_skipped,
     read_columns,
+    refuse,
 )
 
 if TYPE_CHECKING:
@@ -128,15 +131,15 @@ def evaluate(
     read = (*data, selectors, paper_selectors)
     check_plots(plot, earlier, read)
     if plot is not None and earlier:
-        check_alone(context, "--from", ("--plot",))
+        others = all_but(context, "--from", "--plot")
+        refuse(context, others, "not with --from, which runs nothing")
         from ..plots.answers import plot_answers
         from ..plots.files import read_eval
 
         plot_answers([read_eval(path) for path in earlier], plot)
         return
     names = _methods(methods, paper_selectors is not None)
-    if plot is not None and names == ["dense"]:
-        raise typer.BadParameter("there is nothing to draw but dense", param_hint="--plot")
+    _refuse_unused(context, names, data)
     if len(set(data)) < len(data):
         raise typer.BadParameter("a data set is there twice", param_hint="--data")
     budgets = _budgets(keep)
@@ -153,8 +156,8 @@ def evaluate(
     from ..data import Source
     from ..evaluate.data import read_data
     from ..evaluate.figures import summarise
-    from ..evaluate.table import FORMAT, figures_by_name, to_json, to_table
     from ..evaluate.table import by_kind as kind_table
+    from ..evaluate.table import figures_by_name, to_json, to_table
     from ..families import family_of
     from ..files import check_writable, is_stdout, write_whole
     from ..models import load_model
@@ -243,19 +246,35 @@ def _methods(text: str, paper: bool) -> list[str]:
     return names
 
 
+def _refuse_unused(context: typer.Context, names: list[str], data: list[str]) -> None:
+    """Refuse options that none of these methods, or none of these data sets, has a use for."""
+    from ..evaluate.data import OWN
+
+    if names == ["dense"]:
+        why = "--methods has dense alone, which keeps everything"
+        refuse(context, ("--keep", "--time", "--plot"), why)
+    fitted = not set(names).isdisjoint(FITTED)
+    if not fitted:
+        why = f"only with one of {', '.join(FITTED)} in --methods"
+        refuse(context, ("--selectors",), why)
+    if PAPER not in names:
+        refuse(context, ("--paper-selectors",), f"only with {PAPER} in --methods")
+        if not fitted:
+            refuse(context, ("--other-weights",), "no method of --methods uses selectors")
+    if set(data) <= OWN.keys():
+        refuse(context, OF_RECORDS, NOT_READ)
+
+
 def _budgets(text: str) -> dict[str, int | float]:
     """The budgets by how they are written: an int of tokens or a float of a ratio."""
-    from ..engine import resolve_keep
-
     budgets: dict[str, int | float] = {}
     for part in text.split(","):
-        name = part.strip()
         try:
-            (value,) = resolve_keep(name, 1).values
+            name, value = read_budget(part)
         except AlvtsError as error:
             raise typer.BadParameter(str(error), param_hint="--keep") from None
-        if value in budgets.values():
-            raise typer.BadParameter(f"{name} is there twice", param_hint="--keep")
+        if name in budgets:
+            raise typer.BadParameter(f"{part.strip()} is there twice", param_hint="--keep")
         budgets[name] = value
     return budgets
 

@@ -29,7 +29,7 @@ def info(
 
     from rich.table import Table
 
-    from ..header import read_header
+    from ..header import read_header, written_keep
     from ..hub import selectors_file
     from ..terminal import console
     from .fit_tables import POLICY_NOTE, fit_table, policy_table
@@ -46,7 +46,7 @@ def info(
         "selectors": f"{told.num_layers} layers, rank {told.rank}, "
         f"hidden size {told.hidden_size}, {header.dtype}"
         + (", of the paper's form" if told.form == "paper" else ""),
-        "default keep": f"{told.default_keep:.3f}",
+        "default keep": written_keep(told.default_keep),
         "size": f"{path.stat().st_size:,} bytes",
         "data": record.data,
         "samples": f"{record.fitted} fitted, {record.held_out} held out",

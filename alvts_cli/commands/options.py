@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import wraps
@@ -220,23 +220,43 @@ def check_keep(keep: str | None) -> None:
         raise typer.BadParameter(str(error), param_hint="--keep") from None
 
 
-def check_alone(context: typer.Context, option: str, beside: Sequence[str] = ()) -> None:
-    """Refuse what was given beside an option with which nothing is run, and would do nothing.
+OF_RECORDS = ("--image-folder", "--columns")
+"""Options that say how `--data` is read; what ships inside is made and not read."""
+NOT_READ = "only with --data that is read from files or the hub"
+"""Why they are refused beside other data."""
+
+
+def refuse(context: typer.Context, options: Collection[str], why: str) -> None:
+    """Refuse options that would do nothing, and say nothing of it, beside what else was given.
 
     Args:
         context: of the command.
-        option: as it is written.
-        beside: the names of parameters that may go with it.
+        options: as they are written.
+        why: they would do nothing, such as "not with --dense".
 
     Raises:
-        typer.BadParameter: there is something else.
+        typer.BadParameter: one of them was given.
     """
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
         given = source is not None and source.name == "COMMANDLINE"
-        name = max(parameter.opts, key=len)
-        if given and name not in (option, "--quiet", "--verbose", *beside):
-            raise typer.BadParameter(f"not with {option}, which runs nothing", param_hint=name)
+        if given and _written(parameter) in options:
+            raise typer.BadParameter(why, param_hint=_written(parameter))
+
+
+def all_but(context: typer.Context, *options: str) -> set[str]:
+    """All options of the command but these, and but how much is printed.
+
+    Where a mode goes with few options, they are named and not those that it refuses: an option that
+    the command gets later is refused until somebody says otherwise.
+    """
+    known = {_written(parameter) for parameter in context.command.params}
+    return known - {*options, "--quiet", "--verbose"}
+
+
+def _written(parameter: Any) -> str:
+    """An option's long name."""
+    return max(parameter.opts, key=len)
 
 
 def check_plots(

@@ -9,6 +9,8 @@ import typer
 
 from .options import (
     MOST,
+    NOT_READ,
+    OF_RECORDS,
     SPREAD,
     ColumnsOption,
     DeviceOption,
@@ -22,6 +24,7 @@ from .options import (
     TrustOption,
     check_keep,
     read_columns,
+    refuse,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +44,7 @@ EPILOG = (
 
 
 def run(
+    context: typer.Context,
     image: Annotated[
         list[Path] | None,
         typer.Option(help="A picture, or a folder of some; repeat for several, all in one prompt."),
@@ -89,7 +93,16 @@ def run(
 ) -> None:
     """Answer a question about one or more images, then say what it took; or talk about them; or
     answer all questions of a data set."""
-    _check_together(keep, selectors, dense, compare)
+    if dense:
+        selecting = ("--keep", "--selectors", "--other-weights", "--compare")
+        refuse(context, selecting, "not with --dense")
+    if data is None:
+        refuse(context, ("--out", *OF_RECORDS, "--samples", "--batch"), "only with --data")
+    else:
+        refuse(context, ("--image", "--compare"), "not with --data")
+    if data == "pocket":
+        # It has questions of its own.
+        refuse(context, (*OF_RECORDS, "--prompt"), NOT_READ)
     check_keep(keep)
     if prompt is not None and not prompt.strip():
         raise typer.BadParameter("it is empty", param_hint="--prompt")
@@ -105,17 +118,7 @@ def run(
         trust_remote_code,
         other_weights,
     )
-    of_set = {
-        "--out": out,
-        "--image-folder": image_folder,
-        "--columns": columns,
-        "--samples": samples,
-        "--batch": batch,
-    }
     if data is not None:
-        for name, other in {"--image": bool(image), "--compare": compare}.items():
-            if other:
-                raise typer.BadParameter(f"it cannot go with {name}", param_hint="--data")
         if out is None or out.suffix not in (".jsonl", ".parquet"):
             raise typer.BadParameter("name a .jsonl or .parquet file", param_hint="--out")
         told = read_columns(columns)
@@ -126,9 +129,6 @@ def run(
         source = Source(data, image_folder, told, split="test", prompt=prompt)
         answer_data(source, out, setup, samples, json_output)
         return
-    for name, given in of_set.items():
-        if given is not None:
-            raise typer.BadParameter("it goes with --data only", param_hint=name)
     if prompt is None and _talks() and not (compare or json_output):
         from .run_chat import chat
 
@@ -165,18 +165,6 @@ def run(
         say(json.dumps({name: _plain(model, result, use) for name, result, use in uses}))
     else:
         console().print(_table(*both))
-
-
-def _check_together(keep: str | None, selectors: str | None, dense: bool, compare: bool) -> None:
-    """Refuse options that contradict each other."""
-    others = {
-        "--keep": keep is not None,
-        "--selectors": selectors is not None,
-        "--compare": compare,
-    }
-    for name, given in others.items():
-        if dense and given:
-            raise typer.BadParameter(f"it cannot go with {name}", param_hint="--dense")
 
 
 def _talks() -> bool:

@@ -16,6 +16,7 @@ from .options import (
     SelectorsOption,
     TrustOption,
     check_keep,
+    refuse,
 )
 
 KEEPS = ("0.5", "0.33", "0.22", "0.11", "0.05", "0.02")
@@ -31,6 +32,7 @@ EPILOG = (
 
 
 def show(
+    context: typer.Context,
     prompt: Annotated[str, typer.Option(help="What to ask.")],
     out: Annotated[
         Path,
@@ -77,6 +79,8 @@ def show(
         check_keep(value)
     if not image and video is None:
         raise typer.BadParameter("it is missing (or give --video)", param_hint="--image")
+    if video is None:
+        refuse(context, ("--frames",), "only with --video")
     if not prompt.strip():
         raise typer.BadParameter("it is empty", param_hint="--prompt")
 

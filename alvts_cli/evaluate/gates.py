@@ -1,15 +1,21 @@
 """Conditions on the figures of a table: `METHOD@BUDGET.FIGURE OP NUMBER`.
 
-Such as `alvts@64.retention>=97`, with the budget written as in `--keep`. No torch here: gates are
+Such as `alvts@64.retention>=97`, with the budget as `--keep` takes it. No torch here: gates are
 read before anything heavy is loaded.
 """
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
+from decimal import Decimal
 
+from ..engine.keep import resolve_keep
 from ..errors import AlvtsError
 from ..gates import Gate, read_gate
 from ..methods import check_method
+
+FORMAT = 1
+"""Of the JSON object with these figures; raised when a name in it changes its meaning."""
 
 FIGURES = {
     "accuracy": "percent of answers that are right",
@@ -33,7 +39,21 @@ FIGURES = {
     "prefill_speedup_high": "upper end",
 }
 
-_NAME = r"([\w-]+)@([\d.]+)\.([a-z]\w*)"
+_NAME = r"([\w-]+)@([\d.]+(?:[eE][+-]?\d+)?)\.([a-z]\w*)"
+
+
+def read_budget(text: str) -> tuple[str, int | float]:
+    """A budget, and the one way it is written in tables and gates: `1e-1` and `0.10` are `0.1`,
+    `64.0` is `64`.
+
+    Args:
+        text: as the user wrote it.
+
+    Raises:
+        AlvtsError: as `resolve_keep` has it.
+    """
+    (value,) = resolve_keep(text.strip(), 1).values
+    return format(Decimal(str(value)), "f"), value
 
 
 def parse_gate(text: str, methods: Sequence[str], budgets: Sequence[str], timed: bool) -> Gate:
@@ -41,7 +61,7 @@ def parse_gate(text: str, methods: Sequence[str], budgets: Sequence[str], timed:
 
     Args:
         text: as the user wrote it.
-        methods, budgets: of the table.
+        methods, budgets: of the table, budgets as `read_budget` writes them.
         timed: whether prefills are timed.
 
     Raises:
@@ -49,18 +69,19 @@ def parse_gate(text: str, methods: Sequence[str], budgets: Sequence[str], timed:
     """
     example = "METHOD@BUDGET.FIGURE>=NUMBER with >=, <=, ==, > or <, such as alvts@64.retention>=97"
     gate = read_gate(text, _NAME, example)
-    method, budget, figure = re.findall(_NAME, gate.metric)[0]
+    method, written, figure = re.findall(_NAME, gate.metric)[0]
+    budget, _ = read_budget(written)
     check_method(method)
     if method not in methods:
         raise AlvtsError(f"the gate {text!r} is about {method}, which --methods leaves out")
     if method == "dense":
         raise AlvtsError("dense has no budget to be gated at; gate another method against it")
     if budget not in budgets:
-        raise AlvtsError(f"the gate {text!r} is about keeping {budget}, which --keep leaves out")
+        raise AlvtsError(f"the gate {text!r} is about keeping {written}, which --keep leaves out")
     if figure not in FIGURES:
         raise AlvtsError(f"unknown figure {figure!r}; known: {', '.join(FIGURES)}")
     if figure.startswith("prefill_speedup") and not timed:
         raise AlvtsError(f"the gate {text!r} needs --time")
     if figure.startswith("over_alvts") and "alvts" not in methods:
         raise AlvtsError(f"the gate {text!r} needs alvts, which --methods leaves out")
-    return gate
+    return replace(gate, metric=f"{method}@{budget}.{figure}")

@@ -16,9 +16,6 @@ from .gates import FIGURES
 from .run import Outcomes
 from .scoring import SCORINGS
 
-FORMAT = 1
-"""Of the JSON object; raised when a name in it changes its meaning."""
-
 _GROUPS = 4
 """Groups of layers that fit in a cell: PyramidDrop's."""
 

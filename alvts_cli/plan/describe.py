@@ -5,6 +5,7 @@ spares `alvts plan` loading torch. Run it whenever a model is added, or a launch
 for these models alone); a test says when.
 """
 
+import copy
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ from ..families import family_of
 from ..files import write_whole
 from ..memory import count_parameters
 from ..models import first_line, resolve_name
-from ..shapes import SHAPES, shape_config
+from ..shapes import SHAPES, cut_decoder, shape_config
 from .shape import MODELS, Counts, Kind, Moved, Shape, Vision
 
 _KEPT = {
@@ -43,6 +44,10 @@ _KEPT = {
     "text_goes_on": 0,
 }
 """By kind, of the visual tokens where `count_launches` counts it."""
+
+_MOST = {"text_config": ("decoder", 10_000), "vision_config": ("vision tower", 1000)}
+"""Layers: more than selectors are made for, and many times those of any tower. A tower is counted
+layer by layer."""
 
 
 def describe(
@@ -57,8 +62,17 @@ def describe(
         device: that launches are counted on, "cuda" or "cpu".
 
     Raises:
-        AlvtsError: some of its layers have experts and others none, or experts that all share.
+        AlvtsError: some of its layers have experts and others none, or experts that all share; or
+            more layers than any model has.
     """
+    for part, (called, most) in _MOST.items():
+        about = getattr(config, part)
+        layers = getattr(about, "num_hidden_layers", getattr(about, "depth", 0))
+        if layers > most:
+            raise AlvtsError(
+                f"alvts plan knows models of up to {most:,} layers in the {called}; {name} has "
+                f"{layers:,}"
+            )
     text = config.text_config
     mlp, *others = {mlp_of(text, i) for i in range(text.num_hidden_layers)}
     if others:
@@ -82,7 +96,7 @@ def describe(
         head_dim=head_size(text),
         vocabulary=text.vocab_size,
         positions=text.max_position_embeddings,
-        parameters=count_parameters(config),
+        parameters=_parameters(config),
         visual_tokens=usual_visual_tokens(config),
         vision=_vision(config),
         # How often a policy chooses makes no other layers.
@@ -158,6 +172,19 @@ def _counts(config: Any, policy: Policy, device: str) -> Counts:
     )
 
 
+def _parameters(config: Any) -> int:
+    """All weights of a model whose layers are alike: two shallow ones tell, however deep it is."""
+    first, second = (count_parameters(_shallow(config, layers)) for layers in (1, 2))
+    return first + (config.text_config.num_hidden_layers - 1) * (second - first)
+
+
+def _shallow(config: Any, layers: int) -> Any:
+    """`config` with so many decoder layers."""
+    config = copy.deepcopy(config)
+    cut_decoder(config, layers)
+    return config
+
+
 def _vision(config: Any) -> Vision:
     """The vision tower on one usual image.
 
@@ -166,6 +193,8 @@ def _vision(config: Any) -> Vision:
     """
     from transformers import AutoModelForImageTextToText
 
+    # The decoder is thrown away, and building all of it takes longer than the tower.
+    config = _shallow(config, 1)
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.bfloat16).eval()
     for module in model.modules():

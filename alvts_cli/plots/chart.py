@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import AlvtsError
 from ..files import check_writable, write_whole
+from ..terminal import safe
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,6 +114,7 @@ def drawing(path: Path, panels: int, title: str, names: Sequence[str]) -> Iterat
     """
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
     # In inches.
     left, wide, right = 0.75, 4.9, 0.4 + 0.08 * max(map(len, names), default=0)
@@ -132,6 +134,9 @@ def drawing(path: Path, panels: int, title: str, names: Sequence[str]) -> Iterat
             )
             for i in range(panels)
         ]
+        # Names come from anywhere, and not every character may stand in an SVG, which is XML.
+        for text in figure.findobj(Text):
+            text.set_text(safe(text.get_text()))
         file = BytesIO()
         kind = path.suffix.lower().removeprefix(".")
         figure.savefig(file, format=kind, metadata={"Date": None} if kind == "svg" else None)

@@ -5,9 +5,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from ..bench import metrics
 from ..errors import AlvtsError
+from ..evaluate import gates
 from ..files import read_text
-from ..schema import Finite, Record, Text, check, parse_json
+from ..schema import Finite, Record, Text, check, parse_json, refuse_newer
 
 _Share = Annotated[float, Field(ge=-1e6, le=1e6)]
 """A percentage or a ratio, however odd."""
@@ -99,25 +101,26 @@ def read_eval(path: Path) -> dict[str, Any]:
     """The object that `alvts eval --json` wrote.
 
     Raises:
-        AlvtsError: no such file, or not one of those.
+        AlvtsError: no such file, not one of those, or one of a newer format.
     """
-    return _read(path, "alvts eval", _Eval)
+    return _read(path, "alvts eval", _Eval, gates.FORMAT)
 
 
 def read_bench(path: Path) -> dict[str, Any]:
     """The object that `alvts bench --json` wrote.
 
     Raises:
-        AlvtsError: no such file, or not one of those.
+        AlvtsError: no such file, not one of those, or one of a newer format.
     """
-    return _read(path, "alvts bench", _Bench)
+    return _read(path, "alvts bench", _Bench, metrics.FORMAT)
 
 
-def _read(path: Path, command: str, schema: type[Record]) -> dict[str, Any]:
+def _read(path: Path, command: str, schema: type[Record], newest: int) -> dict[str, Any]:
     try:
         found: dict[str, Any] = parse_json(read_text(path))
     except ValueError:
         raise AlvtsError(f"{path} is not JSON; give what {command} --json wrote") from None
+    refuse_newer(found, newest, path)
     try:
         check(schema, found, "it")
     except AlvtsError as error:

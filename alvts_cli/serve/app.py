@@ -11,11 +11,14 @@ from time import sleep
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from jinja2 import TemplateError
 from starlette.exceptions import HTTPException as AnyHTTPException
+from torch import Tensor
+from transformers import StoppingCriteria
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.model_manager import ModelManager
 from transformers.cli.serving.server import build_server
@@ -108,6 +111,29 @@ class Models(ModelManager):
         return model
 
 
+class _Ends(StoppingCriteria):
+    """Ends an answer when one of some texts is in it.
+
+    transformers' own looks for them in a vocabulary of pieces that can be put behind any letters:
+    pocket's whole words cannot.
+    """
+
+    def __init__(self, tokenizer: Any, read: int, ends: list[str]) -> None:
+        """
+        Args:
+            tokenizer: of the model.
+            read: tokens of the prompt.
+            ends: none of them empty.
+        """
+        self._tokenizer, self._read, self._ends = tokenizer, read, ends
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """Whether the one answer that is made is at its end."""
+        said = self._tokenizer.decode(input_ids[0, self._read :], skip_special_tokens=True)
+        ended = any(end in said for end in self._ends)
+        return torch.tensor([ended], device=input_ids.device)
+
+
 class Chat(ChatCompletionHandler):
     """`/v1/chat/completions`. Every request is handled by a copy, which knows what it keeps."""
 
@@ -138,6 +164,7 @@ class Chat(ChatCompletionHandler):
         except AlvtsError as error:
             raise HTTPException(503, str(error)) from None
         keep = self.model_manager.keep if keep is None else keep
+        self._ends = body.pop("stop")
         self._body, self._keep = body, keep_of(self.model_manager.selectors, keep)
         for name, part in parts_of(body):
             for token in (processor.image_token, getattr(processor, "video_token", None)):
@@ -164,8 +191,10 @@ class Chat(ChatCompletionHandler):
 
     def _generate(self, model: Any, **kwargs: Any) -> Any:
         """`generate` of the model; always in the one thread that transformers generates in."""
-        # transformers hands over the processor, which cannot look for the ends of an answer.
-        kwargs["tokenizer"] = kwargs["tokenizer"].tokenizer
+        # transformers hands over the processor.
+        tokenizer, read = kwargs.pop("tokenizer").tokenizer, kwargs["input_ids"].shape[1]
+        if self._ends:
+            kwargs["stopping_criteria"] = [_Ends(tokenizer, read, self._ends)]
         with attach(model, self.model_manager.selectors, self._keep) as self._attachment:
             return model.generate(**kwargs)
 

@@ -23,7 +23,20 @@ class _Message(BaseModel):
     content: Annotated[
         list[Annotated[_Picture | _Text, Field(discriminator="type")]], BeforeValidator(_parts)
     ]
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = Field(None, exclude=True)
 
+
+_NOT_DONE: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("tools", "functions", "logprobs", "top_logprobs"), ()),
+    **dict.fromkeys(("audio", "web_search_options", "moderation", "presence_penalty"), ()),
+    **dict.fromkeys(("tool_choice", "function_call", "reasoning_effort"), ("none",)),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "verbosity": ("medium",),
+}
+"""Fields that would make another answer, of which transformers' server takes no notice, and values
+that ask for nothing, beside those that are empty. What leaves the answer as it is (`user`, `store`,
+`service_tier`, ...) may be there."""
 
 _COLDEST = 1e-3
 
@@ -51,7 +64,7 @@ def check_request(body: Any, sources: Sources) -> None:
 
     Args:
         body: what came as JSON. Afterwards every content is a list of parts, every picture's URL an
-            RGB image, and `max_tokens` the one limit, or None.
+            RGB image, `max_tokens` the one limit, or None, and `stop` a list.
         sources: where pictures may come from.
 
     Raises:
@@ -62,6 +75,9 @@ def check_request(body: Any, sources: Sources) -> None:
     except ValidationError as error:
         first = error.errors()[0]
         raise AlvtsError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    for name, plain in _NOT_DONE.items():
+        if (asked := body.get(name)) and asked not in plain:
+            raise AlvtsError(f"{name}: this server cannot do that; leave it out")
     body["messages"] = [message.model_dump() for message in request.messages]
     for name, part in parts_of(body):
         # JSON can hold half of a character that is written as two. No tokenizer takes it.
@@ -72,9 +88,10 @@ def check_request(body: Any, sources: Sources) -> None:
         part["image_url"]["url"] = sources.read(part["image_url"]["url"], name)
     if not pictures:
         raise AlvtsError("messages: there is no image; send one as a part of type image_url")
-    # transformers takes numbers as they came, and no whole ones; an empty bias or end it refuses.
+    # transformers takes numbers as they came, and no whole ones; an empty bias it refuses.
     body["logit_bias"] = request.logit_bias or None
-    body["stop"] = request.stop or None
+    ends = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    body["stop"] = [end for end in ends if end]
     # Logits over less than this may be infinite: then the likeliest is all that is left anyway.
     if request.temperature is not None and request.temperature < _COLDEST:
         body["temperature"] = 0

@@ -11,6 +11,7 @@ for a description, in one sequence; the first turn shows the picture. Frozen are
   fell by a cosine: the decay is what pays. That adapter is the start of `train`.
 """
 
+import hashlib
 import json
 import math
 import random
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
@@ -101,7 +102,7 @@ def train(
         The trained adapter, float32.
 
     Raises:
-        AlvtsError: the checkpoint is of another recipe, or easy-VQA is not installed.
+        AlvtsError: the checkpoint is of another recipe or adapter, or easy-VQA is not installed.
     """
     run = _Run(model, processor, start, folder, recipe)
     for step in range(run.step, recipe.steps):
@@ -125,7 +126,10 @@ class _Run:
         self.folder, self.recipe = folder, recipe
         self.easy = load_easy("train")
         self.tokenizer: Any = processor.tokenizer
-        self.key = {"seed": recipe.seed, "steps": recipe.steps, "batch": recipe.batch}
+        self.key: dict[str, Any] = {
+            **{"seed": recipe.seed, "steps": recipe.steps, "batch": recipe.batch},
+            "start": hashlib.sha256(save(start)).hexdigest(),
+        }
         self.step, moments = 0, None
         state = folder / "state.json"
         if state.exists():
@@ -133,8 +137,8 @@ class _Run:
             self.step = found.pop("step")
             if found != self.key:
                 raise AlvtsError(
-                    f"the checkpoint in {folder} is of another recipe; "
-                    "remove it or choose another folder"
+                    f"the checkpoint in {folder} is of another recipe or began with another "
+                    "adapter; remove it or choose another folder"
                 )
             start = load_file(folder / f"adapter-{self.step}.safetensors")
             moments = load_file(folder / f"moments-{self.step}.safetensors")
