@@ -322,7 +322,7 @@ def _with(part, name, value):
         _with("metrics", "vision_ms", "soon"),
         lambda report: _without(report, "metrics", "prefill_speedup"),
         lambda report: _without(report, "settings", "keep"),
-        lambda report: report.update(format=2),
+        lambda report: report.update(format=0),
     ],
 )
 def test_a_baseline_that_no_run_could_fail_is_refused_first(change, tmp_path):

@@ -6,7 +6,6 @@ column, a family a row.
 
 from contextlib import nullcontext
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 
 import families_table
@@ -342,7 +341,8 @@ def test_the_arithmetic_of_experts():
     mlps = 6 * WIDTH * 48, 6 * WIDTH * 2 * 24 + 2 * WIDTH * 4
     assert counted[1] - counted[0] == 4 * 5 * (mlps[1] - mlps[0])
     # Of GLM's 6, all go through one more, and the first layer has none.
-    text = KINDS["glm4v_moe"].config().text_config
+    config = KINDS["glm4v_moe"].config()
+    text = config.text_config
     given = {layer: mlp_of(text, layer) for layer in range(4)}
     assert given == {0: Mlp(48), **dict.fromkeys((1, 2, 3), Mlp(24, 6, 2, 1))}
     text.first_k_dense_replace = 4
@@ -351,7 +351,7 @@ def test_the_arithmetic_of_experts():
     more = prefill_flops(text, tokens, Selection(), 5).layers - dense
     assert more == 4 * 5 * (6 * WIDTH * 3 * 24 + 2 * WIDTH * 6 - 6 * WIDTH * 48)
     with pytest.raises(AlvtsError, match="experts that all tokens share"):
-        describe("this", SimpleNamespace(text_config=text))
+        describe("this", config)
     experts.mlp_only_layers = [1, 2]
     assert prefill_flops(experts, tokens, Selection(), 5).layers == counted[0] + 2 * 5 * (
         mlps[1] - mlps[0]

@@ -106,7 +106,21 @@ class Plan:
         return self._scene
 
 
-def read_inputs(call: Mapping[str, Any], seen: int = 0) -> tuple[Tensor, Tensor | None]:
+def read_ids(call: Mapping[str, Any]) -> Tensor:
+    """`input_ids` `[B, T]` from a call of the backbone, its arguments by their names.
+
+    Raises:
+        AlvtsError: there are none.
+    """
+    input_ids: Tensor | None = call.get("input_ids")
+    if input_ids is None:
+        raise AlvtsError(
+            "alvts finds the visual tokens in input_ids; pass input_ids, not inputs_embeds alone"
+        )
+    return input_ids
+
+
+def read_inputs(call: Mapping[str, Any], seen: int) -> tuple[Tensor, Tensor | None]:
     """`(input_ids [B, T], attention_mask [B, T to seen + T] or None)` from a call of the backbone.
 
     Args:
@@ -116,11 +130,7 @@ def read_inputs(call: Mapping[str, Any], seen: int = 0) -> tuple[Tensor, Tensor 
     Raises:
         AlvtsError: there are no `input_ids`, or the mask is a prepared one, or not of their size.
     """
-    input_ids = call.get("input_ids")
-    if input_ids is None:
-        raise AlvtsError(
-            "alvts finds the visual tokens in input_ids; pass input_ids, not inputs_embeds alone"
-        )
+    input_ids = read_ids(call)
     mask = call.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         raise AlvtsError(

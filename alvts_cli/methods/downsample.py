@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..engine import Attachment, Keep, Plan, attach_scorer
 from ..engine.calls import by_name, names_of
-from ..engine.plan import read_inputs
+from ..engine.plan import read_ids
 from ..errors import AlvtsError
 from ..families import family_of
 from .base import Method
@@ -88,7 +88,7 @@ class Downsample(Method):
         names = names_of(backbone.forward)
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._visual = family.visual_mask(model, read_inputs(by_name(names, args, kwargs))[0])
+            self._visual = family.visual_mask(model, read_ids(by_name(names, args, kwargs)))
 
         def pool(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
