@@ -269,6 +269,23 @@ def test_an_interrupt_leaves_nothing_behind(compiled):
         assert torch.equal(later, expected)
 
 
+@pytest.mark.parametrize("part", ["vision_tower", "language_model.layers.1", "language_model"])
+def test_a_forward_that_is_detached_in_its_middle_is_refused(part):
+    """By a hook of its own, as by another thread: what comes of it is half of this, half dense."""
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        attachment = attach(model, make_selectors(), keep=0.3)
+        handle = model.model.get_submodule(part).register_forward_hook(
+            lambda *_: attachment.detach()
+        )
+        with pytest.raises(AlvtsError, match="detached while the model ran"):
+            model(**inputs)
+        handle.remove()
+        assert torch.equal(model(**inputs).logits, dense)
+
+
 def test_arguments_without_names_are_those_with():
     """Of the whole model and of its backbone: ids, pixels, mask."""
     model = make_model("llava")

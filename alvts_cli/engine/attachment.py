@@ -248,11 +248,23 @@ class Attachment:
             try:
                 self._state.thread = me
                 self._before_model(by_name(names, args, kwargs))
-                return forward(*args, **kwargs)
+                output = forward(*args, **kwargs)
+            except Exception:
+                self._check_attached()
+                raise
             finally:
                 self._state.clear()
+            self._check_attached()
+            return output
 
         return run
+
+    def _check_attached(self) -> None:
+        """Refuse the result of a forward whose last layers ran without their hooks."""
+        if not self._handles:
+            raise AlvtsError(
+                "alvts was detached while the model ran; let the forward end first, in all threads"
+            )
 
     def _before_model(self, call: Mapping[str, Any]) -> None:
         if torch.jit.is_tracing():
