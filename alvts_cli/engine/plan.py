@@ -150,7 +150,7 @@ def read_inputs(call: Mapping[str, Any], seen: int) -> tuple[Tensor, Tensor | No
 
 def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, keep: Keep) -> Plan:
     """Plan a forward. Waits for the device once; for single tokens only where a batch has a mask,
-    for which the model waits by itself in the same forward.
+    and transformers does by itself in the same forward, for sdpa and FlashAttention.
 
     A sample with visual but no text tokens (a chunk out of the middle of an image) keeps at least
     one of them in every layer, for an attention without any row cannot run: the first one, where
