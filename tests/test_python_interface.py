@@ -286,6 +286,35 @@ def test_a_forward_that_is_detached_in_its_middle_is_refused(part):
         assert torch.equal(model(**inputs).logits, dense)
 
 
+@pytest.mark.parametrize("compiled", [False, {"backend": "eager"}])
+def test_what_is_wrapped_around_it_meanwhile_stays(compiled):
+    """As accelerate wraps modules; and as it unwraps one that was wrapped before."""
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    parts = model.model, model.model.language_model
+
+    def wrap(part):
+        before = part.forward
+        part.forward = made = lambda *args, **kwargs: before(*args, **kwargs)
+        return made
+
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        attachment = attach(model, make_selectors(), keep=0.3, compile=compiled)
+        expected = model(**inputs).logits
+        made = [wrap(part) for part in parts]
+        assert torch.equal(model(**inputs).logits, expected)
+        attachment.detach()
+        assert [part.forward for part in parts] == made
+        assert torch.equal(model(**inputs).logits, dense)
+        attachment = attach(model, make_selectors(), keep=0.3, compile=compiled)
+        for part in parts:
+            del part.forward
+        attachment.detach()
+        assert not any("forward" in vars(part) for part in parts)
+        assert torch.equal(model(**inputs).logits, dense)
+
+
 def test_arguments_without_names_are_those_with():
     """Of the whole model and of its backbone: ids, pixels, mask."""
     model = make_model("llava")

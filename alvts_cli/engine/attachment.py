@@ -239,6 +239,8 @@ class Attachment:
         @torch.compiler.disable(reason="alvts selects there; attach(..., compile=True) compiles it")
         @wraps(forward)
         def run(*args: Any, **kwargs: Any) -> Any:
+            if not self._handles:
+                return forward(*args, **kwargs)
             me = threading.get_ident()
             if self._state.thread not in (0, me):
                 raise AlvtsError(

@@ -139,13 +139,16 @@ def with_forward(
     module: nn.Module, around: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Callable[[], None]:
     """Let the `forward` of `module` be what `around` makes of it, until the returned function is
-    called, which puts the module's own back."""
+    called, which puts the module's own back. Not over what somebody else put there meanwhile, as
+    accelerate does: what `around` made may be called in it for ever."""
     own = vars(module).get("forward")
-    module.forward = around(module.forward)
+    made = module.forward = around(module.forward)
 
     def put_back() -> None:
+        if vars(module).get("forward") is not made:
+            return
         if own is None:
-            vars(module).pop("forward", None)
+            del module.forward
         else:
             module.forward = own
 
