@@ -207,6 +207,24 @@ def test_a_turn_of_one_token_may_be_padding_in_a_sample(image_first, keep, polic
                 torch.testing.assert_close(said.logits[b], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_turn_of_one_token_may_be_padding_in_a_batch_of_one():
+    """As a server of one fixed shape may have it."""
+    model = make_model("llava")
+    image = make_inputs(model, one_image("llava"))
+    ids, pixels = image["input_ids"], image["pixel_values"]
+    length = ids.shape[1]
+    mask = torch.cat([torch.ones_like(ids), torch.tensor([[0, 1, 1]])], dim=1)
+    places = mask.cumsum(1) - 1
+    word, more = torch.tensor([[20]]), torch.tensor([[21, 22]])
+    with torch.no_grad(), attach(model, make_selectors(), 0.25):
+        expected = turn(model, None, ids, None, places[:, :length], pixels)
+        expected = turn(model, expected, more, None, places[:, -2:])
+        said = turn(model, None, ids, mask[:, :length], places[:, :length], pixels)
+        said = turn(model, said, word, mask[:, :-2], places[:, -3:-2])
+        said = turn(model, said, more, mask, places[:, -2:])
+    torch.testing.assert_close(said.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
 def test_half_precision_runs_and_is_finite():
     model = make_model("llava", dtype=torch.bfloat16)
     batch = make_inputs(model, *prompts("llava"))

@@ -410,14 +410,22 @@ def test_a_part_that_its_user_compiles_is_refused():
         decoder.layers[1].compile(backend="eager")
         refused_as("LlamaDecoderLayer")
         decoder.layers[1]._compiled_call_impl = None
-        # And one that was swapped in later, whose hooks do not run.
+        # A forward that ran compiled, and a part that is swapped in later: their hooks do not run.
+        backbone.forward = torch.compile(backbone.forward, backend="eager")
+        model(**inputs)
+        with (
+            attach(model, make_selectors(), 4),
+            pytest.raises(AlvtsError, match="the layers ran without alvts' hooks"),
+        ):
+            model(**inputs)
+        del backbone.forward
         graph = torch.compile(decoder, backend="eager")
         backbone.language_model = graph
         dense = model(**inputs, use_cache=False).logits
         backbone.language_model = decoder
         with attach(model, make_selectors(), 4):
             backbone.language_model = graph
-            with pytest.raises(AlvtsError, match="ran without the hooks on its layers"):
+            with pytest.raises(AlvtsError, match="the layers ran without alvts' hooks"):
                 model(**inputs, use_cache=False)
         assert torch.equal(model(**inputs, use_cache=False).logits, dense)
 

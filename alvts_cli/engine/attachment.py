@@ -251,18 +251,26 @@ class Attachment:
                 self._state.thread = me
                 self._before_model(by_name(names, args, kwargs))
                 output = forward(*args, **kwargs)
+                self._check_ran()
+                return output
             except Exception:
                 self._check_attached()
                 raise
             finally:
                 self._state.clear()
-            self._check_attached()
-            return output
 
         return run
 
+    def _check_ran(self) -> None:
+        """Refuse the result of a forward that did not go through the hooks on its layers."""
+        self._check_attached()
+        if self._state.forward is None or not self._state.forward.began:
+            raise AlvtsError(
+                "the layers ran without alvts' hooks, as in a graph of torch.compile; attach to a "
+                "model of which no part is compiled by itself, with compile=True"
+            )
+
     def _check_attached(self) -> None:
-        """Refuse the result of a forward whose last layers ran without their hooks."""
         if not self._handles:
             raise AlvtsError(
                 "alvts was detached while the model ran; let the forward end first, in all threads"
@@ -293,11 +301,6 @@ class Attachment:
             self.last = Prefill(plan.visual_counts, plan.keep_counts, pieces.policy, rank)
 
     def _after_text_model(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._state.forward is not None and not self._state.forward.began:
-            raise AlvtsError(
-                "the decoder ran without the hooks on its layers, as one that torch.compile has "
-                "compiled does; attach to a model that is not compiled, with compile=True"
-            )
         check_output(output, self._state.cache)
         # transformers records the input of layer 0 as it reached the layer: the selected tokens.
         states = getattr(output, "hidden_states", None)

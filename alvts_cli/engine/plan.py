@@ -149,8 +149,8 @@ def read_inputs(call: Mapping[str, Any], seen: int) -> tuple[Tensor, Tensor | No
 
 
 def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, keep: Keep) -> Plan:
-    """Plan a forward. Waits for the device once; for single tokens only where a batch has a mask,
-    and transformers does by itself in the same forward, for sdpa and FlashAttention.
+    """Plan a forward. Waits for the device once; for single tokens only where there is a mask, and
+    transformers does by itself in the same forward, for sdpa and FlashAttention.
 
     A sample with visual but no text tokens (a chunk out of the middle of an image) keeps at least
     one of them in every layer, for an attention without any row cannot run: the first one, where
@@ -166,8 +166,8 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
     if tokens == 1:
         text = torch.ones_like(visual)
         nothing, none, padded = ~text, input_ids.new_empty(0), False
-        if attention_mask is not None and len(text) > 1:
-            # A sample that has no turn while others have one of a single token.
+        if attention_mask is not None:
+            # A sample may have no turn while others have one of a single token.
             real = attention_mask[:, -1:].to(visual.device, torch.bool)
             padded = not bool(real.all())
             text = real if padded else text
