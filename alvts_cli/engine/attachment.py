@@ -85,7 +85,8 @@ class Attachment:
     """The hooks of one model. Made by `attach`; ends with the `with` block or by `detach()`.
 
     A KV cache filled while attached belongs to the attached model: it lacks the tokens that each
-    layer skipped. Several threads may call the model at once, but not a compiled one. After
+    layer skipped. What it holds stays in sight: a later attention_mask that hides some of it is not
+    obeyed by layers that select. Several threads may call the model at once, but not a compiled one. After
     `model.to(...)` the selectors follow. A forward pre-hook of yours on a layer is given all tokens
     if it was there before, and what the layer runs on if it came later.
 
