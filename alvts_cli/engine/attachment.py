@@ -86,9 +86,9 @@ class Attachment:
 
     A KV cache filled while attached belongs to the attached model: it lacks the tokens that each
     layer skipped. What it holds stays in sight: a later attention_mask that hides some of it is not
-    obeyed by layers that select. Several threads may call the model at once, but not a compiled one. After
-    `model.to(...)` the selectors follow. A forward pre-hook of yours on a layer is given all tokens
-    if it was there before, and what the layer runs on if it came later.
+    obeyed by layers that select. Several threads may call the model at once, but not a compiled
+    one. After `model.to(...)` the selectors follow. A forward pre-hook of yours on a layer is given
+    all tokens if it was there before, and what the layer runs on if it came later.
 
     Attributes:
         last: what the latest forward with visual tokens kept, in whichever thread, or None.
