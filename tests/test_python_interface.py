@@ -286,6 +286,45 @@ def test_a_forward_that_is_detached_in_its_middle_is_refused(part):
         assert torch.equal(model(**inputs).logits, dense)
 
 
+@pytest.mark.parametrize(
+    ("part", "compiled"),
+    [
+        ("visual", False),
+        ("language_model.layers.1.mlp", False),
+        # In front of the layers alone: the rest is one graph.
+        ("visual", {"backend": "eager"}),
+    ],
+)
+def test_a_forward_inside_of_another_leaves_that_as_it_was(part, compiled):
+    """By a hook of the user."""
+    model = make_model(FAMILY)
+    first, second = prompts(model, 2)
+    inner = []
+
+    def hook(*_):
+        if not inner:
+            inner.append(None)
+            inner[0] = model(**second).logits
+
+    with torch.no_grad(), attach(model, make_selectors(FAMILY), keep=0.3, compile=compiled):
+        expected = [model(**one).logits for one in (first, second)]
+        handle = model.model.get_submodule(part).register_forward_hook(hook)
+        outer = model(**first).logits
+        handle.remove()
+        assert torch.equal(outer, expected[0]) and torch.equal(inner[0], expected[1])
+
+
+def test_a_shallow_copy_is_refused():
+    """It has hooks, and a wrapper that would run the original's weights."""
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    with torch.no_grad(), attach(model, make_selectors(), keep=0.3):
+        for twin in (copy.copy(model.model), model.model._replicate_for_data_parallel()):
+            with pytest.raises(AlvtsError, match="a copy of a model that alvts is attached to"):
+                twin(**inputs)
+        model(**inputs)
+
+
 @pytest.mark.parametrize("compiled", [False, {"backend": "eager"}])
 def test_what_is_wrapped_around_it_meanwhile_stays(compiled):
     """As accelerate wraps modules; and as it unwraps one that was wrapped before."""
@@ -400,6 +439,11 @@ def test_a_mask_of_another_size_is_named():
         for mask in (inputs["attention_mask"][:, 1:], inputs["attention_mask"].expand(2, -1)):
             with pytest.raises(AlvtsError, match="but the input_ids are 1 x 28 behind 0"):
                 model(**{**inputs, "attention_mask": mask})
+        # Dense would take the first columns for the first tokens, whichever it has.
+        for columns in (2, 10, 31):
+            said = going_on(model(**inputs, use_cache=True))
+            with pytest.raises(AlvtsError, match=f"1 x {columns}, but the input_ids are 1 x 2 be"):
+                model(torch.tensor([[5, 6]]), attention_mask=torch.ones(1, columns), **said)
         # A cache made anew of what a selecting one holds has lost what was seen.
         held = cache_of(model(**inputs, use_cache=True))
         made = DynamicCache([(layer.keys, layer.values) for layer in held.layers])

@@ -154,7 +154,10 @@ class Attachment:
                 text_model, self._plan_to_compile, self._set_plan, options
             )
         self._put_back = with_forward(self._backbone, self._around)
-        self._handles = [text_model.register_forward_hook(self._after_text_model, prepend=True)]
+        self._handles = [
+            self._backbone.register_forward_pre_hook(self._check_original),
+            text_model.register_forward_hook(self._after_text_model, prepend=True),
+        ]
         for i, layer in enumerate(layers):
             self._handles += [
                 layer.register_forward_pre_hook(partial(self._before_layer, i), with_kwargs=True),
@@ -248,7 +251,10 @@ class Attachment:
                     "the model is compiled and runs in another thread already; attach without "
                     "compile to call it from several threads at once"
                 )
+            # Of a forward that this one runs inside of, by a hook; it goes on behind.
+            outer = dict(vars(self._state))
             try:
+                self._state.clear()
                 self._state.thread = me
                 self._before_model(by_name(names, args, kwargs))
                 output = forward(*args, **kwargs)
@@ -258,9 +264,17 @@ class Attachment:
                 self._check_attached()
                 raise
             finally:
-                self._state.clear()
+                vars(self._state).update(outer)
 
         return run
+
+    def _check_original(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Refuse a shallow copy, which has the hooks and would run the original's weights."""
+        if module is not self._backbone:
+            raise AlvtsError(
+                "this is a copy of a model that alvts is attached to, as DataParallel makes them; "
+                "attach to a model of its own for each device"
+            )
 
     def _check_ran(self) -> None:
         """Refuse the result of a forward that did not go through the hooks on its layers."""

@@ -121,7 +121,7 @@ def read_ids(call: Mapping[str, Any]) -> Tensor:
 
 
 def read_inputs(call: Mapping[str, Any], seen: int) -> tuple[Tensor, Tensor | None]:
-    """`(input_ids [B, T], attention_mask [B, T to seen + T] or None)` from a call of the backbone.
+    """`(input_ids [B, T], attention_mask [B, seen + T] or None)` from a call of the backbone.
 
     Args:
         call: the arguments by their names, see `calls.by_name`.
@@ -139,7 +139,7 @@ def read_inputs(call: Mapping[str, Any], seen: int) -> tuple[Tensor, Tensor | No
         )
     if mask is not None:
         batch, tokens = input_ids.shape
-        if len(mask) != batch or not tokens <= mask.shape[1] <= seen + tokens:
+        if mask.shape != (batch, seen + tokens):
             raise AlvtsError(
                 f"the attention_mask is {len(mask)} x {mask.shape[1]}, but the input_ids are "
                 f"{batch} x {tokens} behind {seen} in the KV cache; give it a column for each of "
@@ -159,7 +159,7 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
     Args:
         input_ids: `[B, T]`.
         visual: bool `[B, T]`, True at visual tokens.
-        attention_mask: `[B, S]` with `S >= T`, the last `T` columns being the new tokens; or None.
+        attention_mask: `[B, S]`, the last `T` columns being the new tokens; or None.
         keep: one value per layer.
     """
     tokens = input_ids.shape[1]
