@@ -168,9 +168,9 @@ LIMITS = {
     ("glm-4.1v-9b", "paper", False): (18, 0, 2, 0, 48),
     ("glm-4.1v-9b", "once", False): (35, 2, 2, 2, 56),
     # Two samples, one of them padded on the left.
-    ("llava-1.5-7b", "paper", True): (22, 0, 4, 1, 73),
-    ("llava-1.5-7b", "once", True): (38, 0, 4, 4, 78),
-    ("llava-next-mistral-7b", "each", True): (39, 7, 7, 4, 78),
+    ("llava-1.5-7b", "paper", True): (22, 0, 4, 1, 72),
+    ("llava-1.5-7b", "once", True): (38, 0, 4, 4, 77),
+    ("llava-next-mistral-7b", "each", True): (39, 7, 7, 4, 77),
 }
 
 

@@ -5,7 +5,7 @@ import torch
 from tiny import CACHE, FAMILIES, IMAGE, Prompt, make_inputs, make_model, make_selectors, one_image
 from transformers import DynamicCache
 
-from alvts_cli import attach
+from alvts_cli import AlvtsError, attach
 from alvts_cli.engine import cache_of, parse_policy
 from alvts_cli.engine.calls import going_on
 
@@ -223,6 +223,130 @@ def test_a_turn_of_one_token_may_be_padding_in_a_batch_of_one():
         said = turn(model, said, word, mask[:, :-2], places[:, -3:-2])
         said = turn(model, said, more, mask, places[:, -2:])
     torch.testing.assert_close(said.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+HIDDEN = "says something else of the tokens in the KV cache"
+
+
+@pytest.mark.parametrize("keep", [0.25, [1.0, 1.0, 0.5, 0]], ids=["ratio", "schedule"])
+@pytest.mark.parametrize("new", [1, 2])
+def test_a_mask_says_the_same_of_what_is_cached(new, keep):
+    """Layers that select hold different tokens: another mask of them all could not be obeyed."""
+    model = make_model("llava")
+    pair = make_inputs(model, *prompts("llava")[:2])
+    mask, ids = pair["attention_mask"], torch.arange(20, 20 + 2 * new).view(2, new)
+    assert not mask.all()
+    more = torch.ones_like(ids)
+    shown, hidden = torch.ones_like(mask), mask.clone()
+    hidden[1, -1] = 0
+    with torch.no_grad(), attach(model, make_selectors(), keep):
+        for other in (shown, hidden):
+            said = going_on(model(**pair, use_cache=True))
+            with pytest.raises(AlvtsError, match=HIDDEN):
+                model(ids, attention_mask=torch.cat([other, more], 1), **said)
+        said = going_on(model(**pair, use_cache=True))
+        with pytest.raises(AlvtsError, match=HIDDEN):
+            model(ids, **said)
+        # Nothing was cached of what was refused.
+        whole = torch.cat([mask, more], 1)
+        said = going_on(model(ids, attention_mask=whole, **said))
+        # Of what came behind, too, and of samples in another order.
+        cache = next(iter(said.values()))
+        cache.reorder_cache(torch.tensor([1, 0]))
+        with pytest.raises(AlvtsError, match=HIDDEN):
+            model(ids, attention_mask=torch.cat([whole, more], 1), **said)
+        model(ids, attention_mask=torch.cat([whole.flip(0), more], 1), **said)
+        fewer = more.clone()
+        fewer[0, 0] = 0
+        with pytest.raises(AlvtsError, match=HIDDEN):
+            model(ids, attention_mask=torch.cat([whole.flip(0), fewer, more], 1), **said)
+
+
+@pytest.mark.parametrize("first", ["attached", "dense"])
+def test_a_mask_that_is_written_to_is_another(first):
+    model = make_model("llava")
+    pair = make_inputs(model, *prompts("llava")[:2])
+    pair["attention_mask"] = pair["attention_mask"].bool()
+    one = torch.ones(2, 1, dtype=torch.bool)
+    image = make_inputs(model, one_image("llava"))
+    again = image["input_ids"].expand(2, -1), image["pixel_values"].repeat(2, 1, 1, 1)
+    mask = torch.cat([pair["attention_mask"], torch.ones_like(again[0], dtype=torch.bool)], 1)
+    with torch.no_grad():
+        said = going_on(model(**pair, use_cache=True)) if first == "dense" else None
+        with attach(model, make_selectors(), 0.25):
+            if said is None:
+                said = going_on(model(**pair, use_cache=True))
+                mask = pair["attention_mask"]
+            else:
+                model(again[0], pixel_values=again[1], attention_mask=mask, **said)
+            mask[1, 2] = False
+            with pytest.raises(AlvtsError, match=HIDDEN):
+                model(torch.tensor([[5], [6]]), attention_mask=torch.cat([mask, one], 1), **said)
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.25])
+def test_a_mask_may_come_late(keep):
+    """Behind a dense prefill with padding, and a turn that had no mask."""
+    model = make_model("llava")
+    pair = make_inputs(model, *prompts("llava")[:2])
+    ids, more = torch.tensor([[20], [21]]), torch.ones(2, 1, dtype=torch.int64)
+    mask = torch.cat([pair["attention_mask"], more, more], 1)
+
+    def turns(before):
+        model(ids, **before)
+        return model(ids, attention_mask=mask, **before).logits
+
+    with torch.no_grad():
+        expected = turns(going_on(model(**pair, use_cache=True)))
+        before = going_on(model(**pair, use_cache=True))
+        with attach(model, make_selectors(), keep):
+            assert torch.equal(turns(before), expected)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_later_mask_is_obeyed_where_nothing_was_skipped(attn):
+    """At keep 1.0 as by the dense model, and behind words by a picture that is selected from."""
+    model = make_model("llava", attn)
+    pair = make_inputs(model, *prompts("llava")[:2])
+    mask, one = pair["attention_mask"], torch.ones(2, 1, dtype=torch.int64)
+    hidden = mask.clone()
+    hidden[1, -1] = 0
+    word = torch.tensor([[24], [25]])
+
+    def turns(other):
+        said = going_on(model(**pair, use_cache=True))
+        for _ in range(2):
+            other = None if other is None else torch.cat([other, one], 1)
+            answer = model(word, attention_mask=other, **said)
+        return answer.logits
+
+    with torch.no_grad():
+        for other in (hidden, torch.ones_like(mask), None):
+            expected = turns(other)
+            with attach(model, make_selectors(), 1.0):
+                assert torch.equal(turns(other), expected)
+
+
+@pytest.mark.parametrize("other", [[[0, 1, 1, 1], [0, 0, 1, 1]], None], ids=["less", "all"])
+def test_a_later_mask_of_words_holds_where_a_picture_is_selected_from(other):
+    model = make_model("llava")
+    image = make_inputs(model, one_image("llava"))
+    texts = torch.tensor([[0, 0, 1, 20], [1, 21, 22, 23]])
+    ids, pixels = image["input_ids"], image["pixel_values"]
+    places = torch.arange(4 + ids.shape[1])[None].expand(2, -1)
+    hides = torch.ones_like(texts) if other is None else torch.tensor(other)
+    mask = None if other is None else torch.cat([hides, torch.ones_like(ids).expand(2, -1)], 1)
+    with torch.no_grad(), attach(model, make_selectors(), 0.25):
+        said = model(texts, attention_mask=(texts != 0).long(), position_ids=places[:, :4])
+        got = turn(model, said, ids.expand(2, -1), mask, places[:, 4:], pixels.repeat(2, 1, 1, 1))
+    with torch.no_grad():
+        # Cached without alvts, it is taken over with the mask that the picture comes with.
+        said = model(texts, attention_mask=(texts != 0).long(), position_ids=places[:, :4])
+        with attach(model, make_selectors(), 0.25):
+            expected = turn(
+                model, said, ids.expand(2, -1), mask, places[:, 4:], pixels.repeat(2, 1, 1, 1)
+            )
+    torch.testing.assert_close(got.logits, expected.logits, rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_runs_and_is_finite():

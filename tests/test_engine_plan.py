@@ -23,19 +23,19 @@ def test_a_batch_is_counted_by_sample() -> None:
     assert plan.keep_counts == ((2, 2, 0), (0, 0, 0))
     assert plan.keep_tensor.tolist() == [[2, 2, 0], [0, 0, 0]]
     assert plan.text_tensor.tolist() == [3, 2, 7]
-    assert plan.padded and plan.several
+    assert plan.several
     assert plan.lengths(0) == (5, 4, 7) and plan.lengths(1) == (3, 2, 7)
     assert plan.selects(0) and plan.ranks(0) and plan.selects(1) and not plan.ranks(1)
     assert plan.images.tolist()[:2] == [[0, 1, 1, 1, 2, 2, 2, 2], [0, 0, 0, 1, 1, 1, 1, 1]]
-    assert plan.real() is not None and torch.equal(plan.real(), plan.visual | plan.text)
+    assert plan.real is not None and torch.equal(plan.real, plan.visual | plan.text)
     # One text token asks in the second sample, two in the first: the last row is filled up.
     assert plan.asking_index.shape[1] == plan.asking_valid.shape[1] == 2
 
 
 def test_what_needs_no_choice() -> None:
     whole = planned("tvvt", keep=(1.0, 1.0))
-    assert not whole.selects(0) and not whole.padded and not whole.several
-    assert whole.real() is None and whole.asking_valid is None
+    assert not whole.selects(0) and not whole.several
+    assert whole.real is None and whole.asking_valid is None
     text = planned("tttt")
     assert text.keep_counts == () and not text.selects(0)
     token = planned("t")
@@ -59,7 +59,7 @@ def test_all_tensors_move_to_the_device_of_the_coming_layer() -> None:
     there = torch.device("meta")
     plan.move(there)
     tensors = {name: held for name, held in vars(plan).items() if isinstance(held, torch.Tensor)}
-    assert len(tensors) == 7
+    assert len(tensors) == 8
     assert {name for name, held in tensors.items() if held.device != there} == set()
     scene = plan.scene(tables)
     made = (scene.present(), scene.alone(), scene.order(), scene.fill(), scene.apart())

@@ -1,9 +1,11 @@
 """What a program does with an attached model: threads, copies, other dtypes, parts, old caches."""
 
 import copy
+import gc
 import io
 import pickle
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from tiny import (
     one_image,
 )
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache
 
 from alvts_cli import AlvtsError, attach
@@ -151,10 +154,137 @@ def test_a_part_of_a_model_is_refused():
         with pytest.raises(AlvtsError) as error:
             attach(part, make_selectors("llava"), keep=0.3)
         assert "\n" not in str(error.value)
-    with pytest.raises(AlvtsError, match="the whole model, not to a part of it such as LlavaModel"):
+    why = "as from_pretrained gives it, not to a part of it or to a wrapper around it such as {}"
+    with pytest.raises(AlvtsError, match=why.format("LlavaModel")):
         attach(model.model, make_selectors("llava"), keep=0.3)
-    with pytest.raises(AlvtsError, match="the whole model"):
-        attach_scorer(model.model, None, 0.3)
+    with pytest.raises(AlvtsError, match=why.format("LlavaModel")):
+        attach_scorer(model.model, Says(None), 0.3)
+    with pytest.raises(AlvtsError, match="as from_pretrained gives it is wanted here, not a str"):
+        attach("llava", make_selectors("llava"), keep=0.3)
+
+
+def test_a_wrapper_is_called_one():
+    """As PEFT's, whose config is the model's and whose parts are found through it."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.config = model, model.config
+
+    with pytest.raises(AlvtsError, match=r"wrapper around it such as Wrapper.*get_base_model\(\)"):
+        attach(Wrapper(make_model("llava")), make_selectors("llava"), keep=0.3)
+
+
+class Says:
+    """A scorer of one answer."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def importance(self, layer_index, layer, hidden, plan, layer_kwargs):
+        return self.answer(plan) if callable(self.answer) else self.answer
+
+
+ANSWERS = {
+    "None": (None, "a scorer gives a tensor, not a NoneType"),
+    "a list": ([0.5], "a scorer gives a tensor, not a list"),
+    "an array": (torch.zeros(2, 28).numpy(), "a scorer gives a tensor, not a ndarray"),
+    "integers": (lambda plan: plan.visual.long(), r"floats \[2, 28\] on cpu.*not int64 \[2, 28\]"),
+    "one for all samples": (torch.zeros(28), r"floats \[2, 28\].*not float32 \[28\]"),
+    "more samples": (torch.zeros(3, 28), r"floats \[2, 28\].*not float32 \[3, 28\]"),
+    "fewer samples": (torch.zeros(1, 28), r"floats \[2, 28\].*not float32 \[1, 28\]"),
+    "fewer tokens": (torch.zeros(2, 16), r"floats \[2, 28\].*not float32 \[2, 16\]"),
+    "elsewhere": (torch.zeros(2, 28, device="meta"), r"on cpu.*not float32 \[2, 28\] on meta"),
+}
+
+
+@pytest.mark.parametrize(("answer", "why"), ANSWERS.values(), ids=ANSWERS)
+def test_a_scorer_gives_a_float_for_every_token(answer, why):
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava", 1), one_image("llava", 2))
+    with torch.no_grad(), attach_scorer(model, Says(answer), 0.25):
+        with pytest.raises(AlvtsError, match=why) as error:
+            model(**inputs)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_words_are_kept_whatever_a_scorer_says(value):
+    """Everywhere, and of the visual tokens alone; the finite ones are told from the rest."""
+    model = make_model("llava")
+    inputs = make_inputs(
+        model, Prompt([1, 5, 9, 12, 33], one_image("llava").images), one_image("llava", 2)
+    )
+    assert not inputs["attention_mask"].all()
+
+    def mixed(plan):
+        scores = torch.full(plan.visual.shape, value)
+        for b, visual in enumerate(plan.visual):
+            scores[b, visual.nonzero()[3:6, 0]] = 1.0
+        return scores
+
+    everywhere = torch.full(inputs["input_ids"].shape, value)
+    for answer in (everywhere, mixed):
+        chosen = []
+        with torch.no_grad(), attach_scorer(model, Says(answer), 3) as attachment:
+            attachment.watch = chosen.append
+            logits = model(**inputs).logits
+        assert bool(logits.isfinite().all())
+        words = inputs["attention_mask"].bool() & (inputs["input_ids"] != IMAGE)
+        for b, one in enumerate(chosen[0].index):
+            kept = one if chosen[0].valid is None else one[chosen[0].valid[b]]
+            assert set(words[b].nonzero()[:, 0].tolist()) <= set(kept.tolist())
+            seen = kept[inputs["input_ids"][b, kept] == IMAGE].tolist()
+            first = (inputs["input_ids"][b] == IMAGE).nonzero()[:, 0].tolist()
+            takes_finite = answer is mixed and value != torch.inf
+            assert seen == (first[3:6] if takes_finite else first[:3])
+
+
+def test_what_is_no_scorer_is_named():
+    model = make_model("llava")
+    with pytest.raises(AlvtsError, match=r"a scorer has a method importance.*NoneType has none"):
+        attach_scorer(model, None, 0.3)
+    with pytest.raises(AlvtsError, match="pieces come from make_pieces, not a str"):
+        attach_scorer(model, Says(None), 0.3, "carry")
+
+
+def test_layers_of_two_models_and_layers_that_stand_twice():
+    model, other = make_model("llava"), make_model("llava")
+    other.model.language_model = model.model.language_model
+    inputs = make_inputs(model, one_image("llava"))
+    with torch.no_grad(), attach(model, make_selectors(), 0.3):
+        with pytest.raises(AlvtsError, match="or to one that shares layers with it, already"):
+            attach(other, make_selectors(), 0.3)
+        model(**inputs)
+    attach(other, make_selectors(), 0.3).detach()
+    layers = model.model.language_model.layers
+    layers[2] = layers[1]
+    with pytest.raises(AlvtsError, match="a layer of this model stands in several places"):
+        attach(model, make_selectors(), 0.3)
+
+
+def test_an_attachment_that_has_ended_keeps_no_model_alive():
+    model = make_model("llava")
+    with torch.no_grad(), attach(model, make_selectors(), 0.3) as attachment:
+        model(**make_inputs(model, one_image("llava")))
+    gone = [weakref.ref(one) for one in (model, model.model.language_model.layers[1])]
+    del model
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+    assert attachment.last.kept == ((4,) * 1,) * LAYERS
+    attachment.detach()
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (1, 0), (4,)])
+def test_no_tokens_are_refused(shape):
+    model = make_model("llava")
+    ids = torch.zeros(shape, dtype=torch.int64)
+    with (
+        torch.no_grad(),
+        attach(model, make_selectors(), 0.3),
+        pytest.raises(AlvtsError, match="give one or more tokens of one or more samples"),
+    ):
+        model(ids)
 
 
 def test_a_selective_cache_after_leaving_is_refused():
@@ -501,6 +631,28 @@ def test_a_trace_of_torch_jit_is_refused():
         pytest.raises(AlvtsError, match="trace the model without alvts"),
     ):
         torch.jit.trace(Logits(), given, check_trace=False)
+
+
+def test_an_export_is_refused():
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    given = inputs["input_ids"], inputs["pixel_values"]
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, ids, pixels):
+            return self.inner(ids, pixels, use_cache=False).logits
+
+    with torch.no_grad(), attach(model, make_selectors(), keep=0.3):
+        for export in (
+            lambda: torch.export.export(Logits(), given, strict=False),
+            lambda: make_fx(Logits())(*given),
+        ):
+            with pytest.raises(AlvtsError, match="export the model without alvts"):
+                export()
 
 
 def test_placed_in_inference_mode_and_trained_outside():

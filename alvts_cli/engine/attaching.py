@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
+
 from ..errors import AlvtsError
 from ..families import family_of
 from ..families.layer import parts_of
@@ -98,18 +100,24 @@ def attach(
 
 
 def check_whole(model: Any) -> None:
-    """Refuse a part of a model.
+    """Refuse anything but a model as transformers makes it.
 
     Raises:
-        AlvtsError: an unknown architecture, or a model without its backbone in it.
+        AlvtsError: not a loaded model, an unknown architecture, a part of a model or a wrapper
+            around one.
     """
+    if not isinstance(model, nn.Module):
+        raise AlvtsError(
+            f"a model as from_pretrained gives it is wanted here, not a {type(model).__name__}"
+        )
     family = family_of(model)
     try:
         family.backbone(model), family.layers(model)
     except AttributeError:
         raise AlvtsError(
-            f"alvts attaches to the whole model, not to a part of it such as "
-            f"{type(model).__name__}; pass what generate is called on"
+            "alvts attaches to a model as from_pretrained gives it, not to a part of it or to a "
+            f"wrapper around it such as {type(model).__name__}; pass what is inside, of PEFT "
+            "model.get_base_model()"
         ) from None
 
 
@@ -137,6 +145,12 @@ def attach_scorer(
     """`attach` for any other way of ranking tokens; the same errors. `pieces` come from
     `make_pieces`; without them what is skipped is left alone."""
     check_whole(model)
+    if not callable(getattr(scorer, "importance", None)):
+        raise AlvtsError(
+            f"a scorer has a method importance, see engine.Scorer; {type(scorer).__name__} has none"
+        )
+    if not isinstance(pieces, Pieces | None):
+        raise AlvtsError(f"pieces come from make_pieces, not a {type(pieces).__name__}")
     layers: Any = family_of(model).layers(model)
     if not isinstance(keep, Keep):
         keep = resolve_keep(keep, len(layers))

@@ -12,12 +12,13 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ..errors import AlvtsError
 from ..families import family_of
 from ..families.placing import is_offloaded, where
-from .cache import SelectiveLayer, prepare_cache
+from .cache import SelectiveLayer, prepare_cache, remask
 from .calls import by_name, cache_of, check_layer_call, check_output, names_of, warn_if_untested
 from .compiling import check_not_compiled, compile_decoder, usual_options, with_forward
 from .forward import Forward, Pieces, Scorer, Watch, no_phase
@@ -85,10 +86,14 @@ class Attachment:
     """The hooks of one model. Made by `attach`; ends with the `with` block or by `detach()`.
 
     A KV cache filled while attached belongs to the attached model: it lacks the tokens that each
-    layer skipped. What it holds stays in sight: a later attention_mask that hides some of it is not
-    obeyed by layers that select. Several threads may call the model at once, but not a compiled
-    one. After `model.to(...)` the selectors follow. A forward pre-hook of yours on a layer is given
-    all tokens if it was there before, and what the layer runs on if it came later.
+    layer skipped. From then on it stays in sight: a later attention_mask that hides some of it is
+    refused. Several threads may call the model at once, but not a compiled one. After
+    `model.to(...)` the selectors follow. A forward pre-hook of yours on a layer is given all tokens
+    if it was there before, and what the layer runs on if it came later.
+
+    Tokens are ranked by the text that comes in the same forward. So a prompt in pieces
+    (`prefill_chunk_size`, or a question that was cached in front of its picture) keeps others than
+    in one piece, and so does `use_cache=False`, where the answer so far asks along.
 
     Attributes:
         last: what the latest forward with visual tokens kept, in whichever thread, or None.
@@ -116,9 +121,10 @@ class Attachment:
         """
         family = family_of(model)
         family.check(model)
-        self._model = model
+        # What `detach` lets go of is of any kind.
+        self._model: Any = model
         self._family = family
-        self._backbone = family.backbone(model)
+        self._backbone: Any = family.backbone(model)
         text_model: Any = family.text_model(model)
         self._config = text_model.config
         self._keep = keep
@@ -131,8 +137,16 @@ class Attachment:
                 "part of the model is offloaded, and what fetches it cannot be compiled; attach "
                 "without compile"
             )
-        if self._backbone in _attached:
-            raise AlvtsError("alvts is attached to this model already; detach it first")
+        if len(set(layers)) < len(layers):
+            raise AlvtsError(
+                "a layer of this model stands in several places; alvts selects where each is a "
+                "layer of its own"
+            )
+        if any(module in _attached for module in (self._backbone, *layers)):
+            raise AlvtsError(
+                "alvts is attached to this model, or to one that shares layers with it, already; "
+                "detach it first"
+            )
         warn_if_untested()
 
         self.last: Prefill | None = None
@@ -140,11 +154,13 @@ class Attachment:
         self.watch: Watch | None = None
         # torch.compile loses what is written to a state of a thread.
         self._state = _StateOfThread() if compile is False else _State()
-        self._layers = layers
+        self._layers: Any = layers
         self._num_layers = len(layers)
         self._adds_behind = family.adds_behind(model.config)
-        self._place = place
+        self._place: Any = place
         self._placing = self._where()
+        self._scorer: Any
+        self._pieces: Any
         self._scorer, self._pieces = self._placed()
 
         self._uncompile: Callable[[], None] | None = None
@@ -153,7 +169,7 @@ class Attachment:
             self._uncompile = compile_decoder(
                 text_model, self._plan_to_compile, self._set_plan, options
             )
-        self._put_back = with_forward(self._backbone, self._around)
+        self._put_back: Any = with_forward(self._backbone, self._around)
         self._handles = [
             self._backbone.register_forward_pre_hook(self._check_original),
             text_model.register_forward_hook(self._after_text_model, prepend=True),
@@ -164,7 +180,7 @@ class Attachment:
                 # First, so that hooks that record hidden states see the merged ones.
                 layer.register_forward_hook(partial(self._after_layer, i), prepend=True),
             ]
-        _attached.add(self._backbone)
+        _attached.update(self._hooked())
 
     def __enter__(self) -> "Attachment":
         """
@@ -205,7 +221,14 @@ class Attachment:
             self._uncompile()
         self._put_back()
         self._state.clear()
-        _attached.discard(self._backbone)
+        _attached.difference_update(self._hooked())
+        # Whoever keeps the attachment, for what `last` says, does not keep the model.
+        self._model = self._backbone = self._layers = self._scorer = self._pieces = None
+        self._place = self._uncompile = self._put_back = None
+
+    def _hooked(self) -> tuple[nn.Module, ...]:
+        """The parts of the model that no other attachment may have, now."""
+        return (self._backbone, *self._layers)
 
     def _placed(self) -> tuple[Scorer, Pieces]:
         """What `place` makes: constants, wherever this is called, and no part of what training goes
@@ -259,6 +282,7 @@ class Attachment:
                 self._before_model(by_name(names, args, kwargs))
                 output = forward(*args, **kwargs)
                 self._check_ran()
+                self._remember_padding()
                 return output
             except Exception:
                 self._check_attached()
@@ -285,6 +309,12 @@ class Attachment:
                 "model of which no part is compiled by itself, with compile=True"
             )
 
+    def _remember_padding(self) -> None:
+        """With the KV cache, so that a later mask can be compared with it."""
+        cache, forward = self._state.cache, self._state.forward
+        if cache is not None and forward is not None:
+            cache.layers[0].remember(forward.plan.tokens, forward.plan.real)
+
     def _check_attached(self) -> None:
         if not self._handles:
             raise AlvtsError(
@@ -297,6 +327,11 @@ class Attachment:
                 "torch.jit.trace would keep what was chosen for this one prompt; trace the model "
                 "without alvts"
             )
+        if torch.compiler.is_exporting() or get_proxy_mode() is not None:
+            raise AlvtsError(
+                "torch.export and make_fx would keep how many tokens this one prompt has; export "
+                "the model without alvts"
+            )
         # Before the mask: a cache of the wrong kind brings a mask of the wrong kind with it, and
         # the cache is the cause.
         cache = cache_of(call)
@@ -305,7 +340,10 @@ class Attachment:
         seen = 0 if cache is None else cache.get_seq_length()
         input_ids, mask = read_inputs(call, seen)
         visual = self._family.visual_mask(self._model, input_ids)
-        plan = make_plan(input_ids, visual, mask, self._keep)
+        real_before = cache.layers[0].real if seen else None
+        plan = make_plan(input_ids, visual, mask, self._keep, real_before)
+        if plan.remasks:
+            remask(cache, None if mask is None else mask[:, :seen].bool())
         if plan.keep_counts and (placing := self._where()) != self._placing:
             self._scorer, self._pieces = self._placed()
             self._placing = placing

@@ -24,6 +24,8 @@ class SelectiveLayer(DynamicLayer):
         bias: `[B, slots]`, what the logits of each slot get, in the dtype of the keys; None for
             nothing.
         plain: True while it holds everything it has seen, slot for slot.
+        real: bool `[B, seen]`, of every token seen, False at padding; None when all are real. Of
+            the first layer of a cache alone: it is the same for all.
     """
 
     is_croppable = False
@@ -34,6 +36,7 @@ class SelectiveLayer(DynamicLayer):
         self.valid: Tensor | None = None
         self.bias: Tensor | None = None
         self.plain = True
+        self.real: Tensor | None = None
         self._expected: tuple[int, Tensor | None, Tensor | None, bool] | None = None
 
     @classmethod
@@ -81,14 +84,7 @@ class SelectiveLayer(DynamicLayer):
     def whole_valid(self, new: int, valid: Tensor | None) -> Tensor | None:
         """The `valid` of all slots after an update with `new` more, `[B, slots + new]`; None where
         all are real."""
-        if self.slots == 0 or (valid is None and self.valid is None):
-            return valid
-        if valid is None:
-            assert self.valid is not None
-            return functional.pad(self.valid, (0, new), value=True)
-        if self.valid is None:
-            return functional.pad(valid, (self.slots, 0), value=True)
-        return torch.cat([self.valid, valid], dim=1)
+        return _joined(self.valid, self.slots, valid, new)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -107,11 +103,18 @@ class SelectiveLayer(DynamicLayer):
         if self._expected is None:
             valid, bias = self.whole_valid(new, None), self.whole_bias(new, None)
             self._expected = (new, valid, bias, True)
+            # Nobody said, so they are taken for what most are.
+            self.real = _joined(self.real, self.seen, None, new)
         seen, self.valid, self.bias, plain = self._expected
         self._expected = None
         self.seen += seen
         self.plain = self.plain and plain
         return super().update(key_states, value_states, *args, **kwargs)
+
+    def remember(self, tokens: int, real: Tensor | None) -> None:
+        """Add to `real` that of the latest `tokens`, which `update` has counted: `[B, tokens]`, or
+        None where all are real."""
+        self.real = _joined(self.real, self.seen - tokens, real, tokens)
 
     def get_seq_length(self) -> int:
         """Tokens seen, held or not."""
@@ -126,6 +129,7 @@ class SelectiveLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         self.seen, self.valid, self.bias, self.plain, self._expected = 0, None, None, True, None
+        self.real = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Follow the beams."""
@@ -143,9 +147,10 @@ class SelectiveLayer(DynamicLayer):
         self._samples(lambda rows: rows[indices])
 
     def _samples(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Do with what is known of the slots as with the slots."""
+        """Do with what is known of the slots, and of the tokens seen, as with the slots."""
         self.valid = None if self.valid is None else change(self.valid)
         self.bias = None if self.bias is None else change(self.bias)
+        self.real = None if self.real is None else change(self.real)
 
     def crop(self, tokens_to_remove: int) -> NoReturn:
         """Always refused, a crop by nothing too, so that a run does not fail halfway by chance."""
@@ -153,6 +158,19 @@ class SelectiveLayer(DynamicLayer):
             "alvts cannot roll its cache back, which assisted decoding and prompt lookup need; "
             "generate without assistant_model and prompt_lookup_num_tokens"
         )
+
+
+def _joined(old: Tensor | None, before: int, real: Tensor | None, new: int) -> Tensor | None:
+    """bool `[B, before + new]` out of both parts, of which None says that all are real; None where
+    that is so of both."""
+    if before == 0 or (old is None and real is None):
+        return real
+    if real is None:
+        assert old is not None
+        return functional.pad(old, (0, new), value=True)
+    if old is None:
+        return functional.pad(real, (before, 0), value=True)
+    return torch.cat([old, real.to(old.device)], dim=1)
 
 
 def prepare_cache(cache: Any, num_layers: int, attention_mask: Any = None) -> None:
@@ -187,5 +205,28 @@ def prepare_cache(cache: Any, num_layers: int, attention_mask: Any = None) -> No
         held = attention_mask[:, : filled[0].slots].bool()
         # Waits for the device, once in the life of a cache that was filled by someone else.
         if not bool(held.all()):
-            for selective in filled:
-                selective.valid = held.to(selective.device)
+            remask(cache, held)
+
+
+def remask(cache: Any, real: Tensor | None) -> None:
+    """Let a new mask say which of the cached tokens are padding.
+
+    Args:
+        cache: of `SelectiveLayer`s.
+        real: bool `[B, seen]`, False at padding; None where all are real.
+
+    Raises:
+        AlvtsError: the layers lack tokens, each others, so that it could not be obeyed.
+    """
+    if not all(layer.plain for layer in cache.layers):
+        raise AlvtsError(
+            "this attention_mask, or its absence, says something else of the tokens in the KV "
+            "cache than when they were cached; give each call the mask of all tokens so far, with "
+            "the same padding, or begin with a new cache"
+        )
+    # A copy: it may be part of a mask that is written to.
+    real = None if real is None else real.clone()
+    for layer in cache.layers:
+        if layer.slots:
+            layer.valid = None if real is None else real.to(layer.device)
+    cache.layers[0].real = real

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..errors import AlvtsError
 from .cache import SelectiveLayer
 from .calls import POSITIONS
 from .carry import Carry, carried
@@ -57,6 +58,9 @@ Watch = Callable[[Chosen], None]
 class Scorer(Protocol):
     """A method of choosing tokens: one number per visual token, in every layer that ranks.
 
+    Where a visual token has nan it is the last, and with infinity the first, as with the largest
+    number there is.
+
     One that has `fills = True` puts what `Scene.fill` has where `plan.visual` is False, or anything
     finite and not negative if `plan.compares`; that saves the engine a look.
     """
@@ -69,7 +73,8 @@ class Scorer(Protocol):
         plan: Plan,
         layer_kwargs: dict[str, Any],
     ) -> Tensor:
-        """Importance `[B, T]`, -inf where `plan.visual` is False; the largest are kept.
+        """Importance `[B, T]`, of a float dtype and on the device of `hidden`; the largest of the
+        visual tokens are kept, whatever the others have.
 
         Args:
             layer_index: from 0.
@@ -81,6 +86,21 @@ class Scorer(Protocol):
                 written to.
         """
         ...
+
+
+def _check_importance(scores: Any, plan: Plan) -> None:
+    """
+    Raises:
+        AlvtsError: a scorer gave something else than a number for every token.
+    """
+    shape, device = plan.visual.shape, plan.visual.device
+    if not isinstance(scores, Tensor):
+        raise AlvtsError(f"a scorer gives a tensor, not a {type(scores).__name__}")
+    if scores.shape != shape or not scores.is_floating_point() or scores.device != device:
+        raise AlvtsError(
+            f"a scorer gives floats {list(shape)} on {device}, as many as there are tokens, not "
+            f"{str(scores.dtype).removeprefix('torch.')} {list(scores.shape)} on {scores.device}"
+        )
 
 
 @dataclass(frozen=True)
@@ -317,7 +337,7 @@ class Forward:
     ) -> tuple[Tensor, dict[str, Any]] | None:
         """A layer that runs on all new tokens; behind a past with gaps it needs our mask."""
         plain = past is None or past.plain
-        valid = self.plan.real()
+        valid = self.plan.real
         mask = None if plain else self._mask(hidden, past, valid, None)
         if past is not None and plain:
             past.expect(self.plan.tokens, past.whole_valid(self.plan.tokens, valid), plain=True)
@@ -351,12 +371,15 @@ class Forward:
         with self.phase("score"):
             self._map_at_once(i)
             scores = self._scorer.importance(i, layer, hidden, plan, kwargs)
+        _check_importance(scores, plan)
         choice = self._choice = _Choice(i)
         if self._watch is not None:
             # A scorer of ours leaves there what ranking wants.
             choice.importance = scores.masked_fill(~plan.visual, -torch.inf)
         with self.phase("select"):
             if not getattr(self._scorer, "fills", False):
+                # Of two that are infinite, and of padding, none would be told from the other.
+                scores = scores.nan_to_num(nan=torch.finfo(scores.dtype).min)
                 nothing = torch.zeros_like(scores)
                 scores = torch.where(
                     plan.visual, scores, nothing if plan.compares else scene.fill()
@@ -479,7 +502,7 @@ class Forward:
         rows, slots = hidden.shape[1], past.slots
         bias, valid = past.whole_bias(rows, bias), past.whole_valid(rows, valid)
         past.expect(self.plan.tokens, valid, plain=not selects, bias=bias)
-        if valid is not None and rows == 1 and self.plan.padded:
+        if valid is not None and rows == 1 and self.plan.real is not None:
             # A single token that is padding sees itself, so that its row is not empty.
             valid = functional.pad(valid[:, :-1], (0, 1), value=True)
         return build_mask(self._implementation, hidden, slots, valid, bias)

