@@ -3,10 +3,11 @@
 import pytest
 import torch
 from tiny import CACHE, FAMILIES, IMAGE, Prompt, make_inputs, make_model, make_selectors, one_image
+from torch import nn
 from transformers import DynamicCache
 
 from alvts_cli import AlvtsError, attach
-from alvts_cli.engine import cache_of, parse_policy
+from alvts_cli.engine import NAMED, cache_of, parse_policy
 from alvts_cli.engine.calls import going_on
 
 OPTIONS = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
@@ -366,3 +367,34 @@ def test_gradients_reach_the_embeddings():
             **inputs, labels=inputs["input_ids"].where(inputs["input_ids"] != IMAGE, -100)
         ).loss.backward()
     assert model.model.multi_modal_projector.linear_1.weight.grad.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs:UserWarning")
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("policy", ["paper", "once", "each"])
+def test_checkpointed_gradients_are_the_same(policy, reentrant):
+    """Layers run a second time, without us; where we would, one line says so."""
+    model = make_model("llava").train()
+    inputs = make_inputs(model, one_image("llava"))
+    layer, runs = model.model.language_model.layers[1], []
+    forward = layer.mlp.forward
+    layer.mlp.forward = lambda states: runs.append(states.shape[1]) or forward(states)
+
+    def gradients():
+        model.zero_grad()
+        model(**inputs, use_cache=False).logits.square().sum().backward()
+        return [weights.grad.clone() for weights in model.parameters() if weights.grad is not None]
+
+    with attach(model, make_selectors(policy=NAMED[policy]), 0.25):
+        expected = gradients()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if type(layer).__call__ is not nn.Module.__call__:
+            with pytest.raises(AlvtsError, match=r"use transformers 5.24 or newer, or train"):
+                gradients()
+            with torch.no_grad():
+                model(**inputs, use_cache=False)
+            return
+        found = gradients()
+    assert runs == [runs[0]] * 3
+    assert len(found) == len(expected) and all(map(torch.equal, found, expected))

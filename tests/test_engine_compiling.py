@@ -425,8 +425,15 @@ def test_a_part_that_its_user_compiles_is_refused():
         backbone.language_model = decoder
         with attach(model, make_selectors(), 4):
             backbone.language_model = graph
-            with pytest.raises(AlvtsError, match="the layers ran without alvts' hooks"):
+            with pytest.raises(AlvtsError, match=r"torch.compile has compiled LlamaModel, a part"):
                 model(**inputs, use_cache=False)
+            backbone.language_model = decoder
+            # In place: its hooks would run, but lose what they share.
+            decoder.compile(backend="eager")
+            for cache in (False, True):
+                with pytest.raises(AlvtsError, match=r"torch.compile has compiled LlamaModel, a"):
+                    model(**inputs, use_cache=cache)
+            decoder._compiled_call_impl = None
         assert torch.equal(model(**inputs, use_cache=False).logits, dense)
 
 

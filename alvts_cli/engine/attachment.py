@@ -19,7 +19,15 @@ from ..errors import AlvtsError
 from ..families import family_of
 from ..families.placing import is_offloaded, where
 from .cache import SelectiveLayer, prepare_cache, remask
-from .calls import by_name, cache_of, check_layer_call, check_output, names_of, warn_if_untested
+from .calls import (
+    by_name,
+    cache_of,
+    check_checkpointing,
+    check_layer_call,
+    check_output,
+    names_of,
+    warn_if_untested,
+)
 from .compiling import check_not_compiled, compile_decoder, usual_options, with_forward
 from .forward import Forward, Pieces, Scorer, Watch, no_phase
 from .keep import Keep
@@ -332,6 +340,9 @@ class Attachment:
                 "torch.export and make_fx would keep how many tokens this one prompt has; export "
                 "the model without alvts"
             )
+        # Since then, maybe; there what the hooks share is lost.
+        check_not_compiled(self._backbone, [self._family.text_model(self._model)])
+        check_checkpointing(self._layers[0])
         # Before the mask: a cache of the wrong kind brings a mask of the wrong kind with it, and
         # the cache is the cause.
         cache = cache_of(call)

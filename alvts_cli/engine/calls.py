@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
+import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from ..errors import AlvtsError
@@ -91,6 +92,22 @@ def check_layer_call(
         if name not in _KNOWN and any(tokens in tensor.shape for tensor in _tensors(value)):
             what = repr(name) if name else "an argument without a name"
             raise _unknown(f"calls its layers with {what}, which has a value for every token")
+
+
+def check_checkpointing(layer: Any) -> None:
+    """Refuse gradient checkpointing around the hooks of a layer, as older releases do it: they
+    would run again in the backward pass, where no forward is running. Since 5.24 it is inside.
+
+    Raises:
+        AlvtsError: the layer is checkpointed so.
+    """
+    around = type(layer).__call__ is not nn.Module.__call__
+    on = layer.training and getattr(layer, "gradient_checkpointing", False)
+    if around and on and torch.is_grad_enabled():
+        raise AlvtsError(
+            f"gradient checkpointing in transformers {transformers.__version__} would run alvts a "
+            "second time in the backward pass; use transformers 5.24 or newer, or train without it"
+        )
 
 
 def check_output(output: Any, prepared: Any) -> None:

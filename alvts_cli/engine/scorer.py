@@ -57,7 +57,9 @@ class SelectorScorer:
         if isinstance(selector, PaperSelector):
             if fused(hidden.device):
                 return torch.addcmul(scene.fill(), *paper_means(normed, selector, scene))
-            found = paper_importance(hidden, selector, plan.visual, plan.text, plan.real is not None)
+            found = paper_importance(
+                hidden, selector, plan.visual, plan.text, plan.real is not None
+            )
             return torch.where(plan.visual, found, scene.fill())
         latent = normed.times(selector.down, selector.eps).to(hidden.dtype)
         if fused(hidden.device):
