@@ -581,6 +581,24 @@ def test_a_mask_of_another_size_is_named():
             model(torch.tensor([[5]]), attention_mask=torch.ones(1, 29), **{CACHE: made})
 
 
+@pytest.mark.parametrize("keep", [1.0, 0.3])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_cache_of_another_batch_is_named(masked, keep):
+    model = make_model("llava")
+    inputs = make_inputs(
+        model, Prompt([1, 5, 6, 7], one_image("llava").images), one_image("llava", 2)
+    )
+    with torch.no_grad(), attach(model, make_selectors(), keep):
+        for batch in (1, 3):
+            said = going_on(model(**inputs, use_cache=True))
+            tokens = inputs["input_ids"].shape[1]
+            mask = torch.ones(batch, tokens + 1, dtype=torch.int64) if masked else None
+            with pytest.raises(
+                AlvtsError, match=f"holds 2 samples, but the input_ids are of {batch}"
+            ):
+                model(torch.full((batch, 1), 5), attention_mask=mask, **said)
+
+
 def test_a_projection_without_a_size_is_named():
     class Wrapper(nn.Module):
         def __init__(self, inner):

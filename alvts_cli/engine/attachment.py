@@ -329,7 +329,8 @@ class Attachment:
                 "alvts was detached while the model ran; let the forward end first, in all threads"
             )
 
-    def _before_model(self, call: Mapping[str, Any]) -> None:
+    def _check_way(self) -> None:
+        """Refuse what would not run the hooks as they are meant to."""
         if torch.jit.is_tracing():
             raise AlvtsError(
                 "torch.jit.trace would keep what was chosen for this one prompt; trace the model "
@@ -340,9 +341,12 @@ class Attachment:
                 "torch.export and make_fx would keep how many tokens this one prompt has; export "
                 "the model without alvts"
             )
-        # Since then, maybe; there what the hooks share is lost.
+        # Since `attach`, maybe; there what the hooks share is lost.
         check_not_compiled(self._backbone, [self._family.text_model(self._model)])
         check_checkpointing(self._layers[0])
+
+    def _before_model(self, call: Mapping[str, Any]) -> None:
+        self._check_way()
         # Before the mask: a cache of the wrong kind brings a mask of the wrong kind with it, and
         # the cache is the cause.
         cache = cache_of(call)
@@ -351,6 +355,11 @@ class Attachment:
         seen = 0 if cache is None else cache.get_seq_length()
         input_ids, mask = read_inputs(call, seen)
         visual = self._family.visual_mask(self._model, input_ids)
+        if seen and (held := len(cache.layers[0].keys)) != len(input_ids):
+            raise AlvtsError(
+                f"the KV cache holds {held} samples, but the input_ids are of {len(input_ids)}; "
+                "give every sample its turn, in the same order"
+            )
         real_before = cache.layers[0].real if seen else None
         plan = make_plan(input_ids, visual, mask, self._keep, real_before)
         if plan.remasks:
