@@ -16,13 +16,15 @@ import json
 import os
 import warnings
 from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from .engine.attaching import check_whole
 from .engine.carry import Carry
 from .engine.paper import PaperSelector
 from .engine.placing import Selector
@@ -31,7 +33,7 @@ from .engine.scoring import LayerSelector
 from .errors import AlvtsError
 from .families import family_of
 from .families.layer import is_quantised, parts_of
-from .files import open_regular, write_whole
+from .files import make_folder, open_regular, write_whole
 from .header import FORMAT, VALUES, CalibrationRecord, take_header
 
 FORMS = {"alvts": LayerSelector, "paper": PaperSelector}
@@ -114,15 +116,17 @@ class Artifact:
         In the folder of a model, alvts finds them by itself.
 
         Raises:
-            AlvtsError: it cannot be written.
+            AlvtsError: no folder is named, it cannot be made, or what `save_artifact` refuses.
         """
         from .hub import FILE
 
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise AlvtsError(f"cannot make {folder}: {error.strerror or error}") from error
-        save_artifact(self, Path(folder) / FILE)
+        # An empty name, as of a variable that is not set, would be the current folder.
+        if not isinstance(folder, str | os.PathLike) or folder == "":
+            raise AlvtsError(f"name a folder to save the selectors in, not {folder!r}")
+        path = Path(folder) / FILE
+        data = _packed(self, path)
+        make_folder(Path(folder))
+        write_whole(path, data)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Artifact":
         """The same, its tensors there and in that precision."""
@@ -148,8 +152,10 @@ class Artifact:
             The artifact, with `other_weights` set where they are others.
 
         Raises:
-            AlvtsError: another model; an unknown architecture; weights that cannot be read.
+            AlvtsError: another model, or a part of one; an unknown architecture; weights that
+                cannot be read.
         """
+        check_whole(model)
         name = model_id or getattr(model.config, "_name_or_path", "") or "this model"
         mine = f"{len(self.layers)} layers of width {self.hidden_size}"
         family = family_of(model)
@@ -169,7 +175,12 @@ class Artifact:
 
 
 def quantised(model: Any) -> bool:
-    """Whether the decoder's projections are quantised."""
+    """Whether the decoder's projections are quantised.
+
+    Raises:
+        AlvtsError: an unknown architecture, or a part of a model.
+    """
+    check_whole(model)
     return is_quantised(parts_of(family_of(model).layers(model)[0]).key)
 
 
@@ -189,8 +200,9 @@ def fingerprint(model: Any) -> Tensor:
     """float32 `[L, 2, 16]` on the CPU: values at even strides of every layer's W_q and W_k.
 
     Raises:
-        AlvtsError: an unknown architecture; weights that cannot be read.
+        AlvtsError: an unknown architecture; a part of a model; weights that cannot be read.
     """
+    check_whole(model)
     family = family_of(model)
     rows = []
     for layer in family.layers(model):
@@ -202,22 +214,62 @@ def fingerprint(model: Any) -> Tensor:
     return torch.stack(rows).unflatten(0, (-1, 2))
 
 
-def save_artifact(artifact: Artifact, path: Path) -> None:
+def save_artifact(artifact: Artifact, path: str | os.PathLike[str]) -> None:
     """Write the file, whole or not at all.
 
     Raises:
-        AlvtsError: a value is not finite, or the file cannot be written.
+        AlvtsError: `load_artifact` would refuse it, or it cannot be written.
     """
-    tensors = {"fingerprint": artifact.fingerprint}
+    path = Path(path)
+    write_whole(path, _packed(artifact, path))
+
+
+def _packed(artifact: Artifact, path: Path) -> bytes:
+    """The bytes of the file, which were read back.
+
+    Args:
+        artifact: may hold anything: whoever makes one by hand is told here what is wrong with it.
+        path: of the file, for messages.
+
+    Raises:
+        AlvtsError: it cannot be packed, or what was packed cannot be read.
+    """
+    refused = "these selectors cannot be saved"
+    try:
+        data = _pack(artifact)
+        _, unknown = _read(BytesIO(data), path)
+    except AlvtsError as error:
+        raise AlvtsError(f"{refused}: {error}") from None
+    # Whatever the parts of an Artifact raise where they are something else than it says.
+    except Exception as error:
+        why = f"{type(error).__name__}: {_first_line(error)}"
+        raise AlvtsError(f"{refused}: a part is not what Artifact says of it ({why})") from error
+    if unknown:
+        raise AlvtsError(f"{refused}: {unknown}")
+    return data
+
+
+def _pack(artifact: Artifact) -> bytes:
+    """
+    Raises:
+        AlvtsError: not one selector in every layer, all of one form; a number that is not finite.
+    """
+    layers = artifact.layers
+    forms = [name for name, of in FORMS.items() if all(isinstance(one, of) for one in layers)]
+    if not (layers and forms):
+        raise AlvtsError(
+            "every layer needs a selector, all LayerSelector or all PaperSelector, and there must "
+            "be at least one layer"
+        )
+    tensors = {"fingerprint": _plain(artifact.fingerprint)}
     for i, selector in enumerate(artifact.layers):
         tensors |= pack_layer(f"layers.{i}.", selector)
     for i, carry in enumerate(artifact.carries):
-        tensors |= {f"carry.{i}.down": carry.down, f"carry.{i}.up": carry.up}
-    _check_finite(tensors, path)
+        tensors |= {f"carry.{i}.down": _plain(carry.down), f"carry.{i}.up": _plain(carry.up)}
     record = artifact.calibration
     metadata = {
         "format": FORMAT,
-        "form": "paper" if artifact.paper else "alvts",
+        "form": forms[0],
         "model": artifact.model_id,
         "revision": artifact.revision,
         "family": artifact.family,
@@ -233,8 +285,14 @@ def save_artifact(artifact: Artifact, path: Path) -> None:
         # The means are stored for readers of the file that are not alvts.
         "calibration": {**asdict(record), "mean": asdict(record.mean)},
     }
-    text = json.dumps(metadata, sort_keys=True, allow_nan=False)
-    write_whole(path, save(tensors, metadata={"alvts": text}))
+    try:
+        text = json.dumps(metadata, sort_keys=True, allow_nan=False)
+    except ValueError:
+        raise AlvtsError(
+            "default_keep, schedules, picked, calibration or a layer's eps holds a number that is "
+            "not finite"
+        ) from None
+    return save(tensors, metadata={"alvts": text})
 
 
 def load_artifact(path: str | os.PathLike[str]) -> Artifact:
@@ -246,14 +304,23 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
     """
     path = Path(path)
     with open_regular(path, "selector file") as file:
-        header = take_header(file, path)
-        metadata = header.metadata
-        try:
-            file.seek(0)
-            tensors = load(file.read())
-        # Whatever safetensors and torch raise for a header that contradicts itself.
-        except Exception as error:
-            raise AlvtsError(f"{path} is damaged: {_first_line(error)}") from error
+        artifact, unknown = _read(file, path)
+    if unknown:
+        warnings.warn(unknown, stacklevel=2)
+    return artifact
+
+
+def _read(file: BinaryIO, path: Path) -> tuple[Artifact, str]:
+    """The artifact of a file that is open at its start, and a warning about what in it is unknown,
+    or ""; the errors of `load_artifact`."""
+    header = take_header(file, path)
+    metadata = header.metadata
+    try:
+        file.seek(0)
+        tensors = load(file.read())
+    # Whatever safetensors and torch raise for a header that contradicts itself.
+    except Exception as error:
+        raise AlvtsError(f"{path} is damaged: {_first_line(error)}") from error
     _check_finite(tensors, path)
     layers = tuple(
         unpack_layer(f"layers.{i}.", tensors, eps, metadata.form)
@@ -263,9 +330,7 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
         Carry(tensors[f"carry.{i}.down"], tensors[f"carry.{i}.up"], eps)
         for i, eps in enumerate(metadata.norm_eps if metadata.carry_rank else ())
     )
-    if header.unknown:
-        warnings.warn(header.unknown_names(path), stacklevel=2)
-    return Artifact(
+    artifact = Artifact(
         layers=layers,
         default_keep=metadata.default_keep,
         schedules=tuple(tuple(map(float, ratios)) for ratios in metadata.schedules),
@@ -278,14 +343,12 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
         picked=metadata.picked,
         visual_tokens=metadata.visual_tokens,
     )
+    return artifact, header.unknown_names(path) if header.unknown else ""
 
 
 def pack_layer(prefix: str, selector: Selector) -> dict[str, Tensor]:
     """A layer's tensors under their names in the file."""
-    return {
-        f"{prefix}{name}": tensor.detach().cpu().contiguous()
-        for name, tensor in selector.tensors().items()
-    }
+    return {f"{prefix}{name}": _plain(tensor) for name, tensor in selector.tensors().items()}
 
 
 def unpack_layer(prefix: str, tensors: dict[str, Tensor], eps: float, form: str) -> Selector:
@@ -316,6 +379,11 @@ def unpack_layer(prefix: str, tensors: dict[str, Tensor], eps: float, form: str)
     )
 
 
+def _plain(tensor: Tensor) -> Tensor:
+    """As safetensors takes it: contiguous, and sharing no memory with another one."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
 def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
@@ -323,4 +391,4 @@ def _check_finite(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
+    return str(error).strip().partition("\n")[0]

@@ -247,15 +247,17 @@ def take_header(file: BinaryIO, path: Path) -> Header:
     """The header of a file that is open at its start; the errors of `read_header`.
 
     Args:
-        file: regular; left behind its header.
+        file: regular, or in memory; left behind its header.
         path: of the file, for messages.
     """
     try:
         start = file.read(8)
-        length, size = int.from_bytes(start, "little"), os.fstat(file.fileno()).st_size
-        text = file.read(1)
+        length, text = int.from_bytes(start, "little"), file.read(1)
         if len(start) < 8 or text != b"{" or length > 2**48:
             raise AlvtsError(f"{path} is not a safetensors file")
+        # Not the size that a descriptor has: bytes in memory have none.
+        size = file.seek(0, os.SEEK_END)
+        file.seek(9)
         if size < 8 + length:
             raise AlvtsError(f"{path} is cut short; copy or make it again")
         if length > _LONGEST:

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from tiny import LAYERS, WIDTH, make_inputs, make_model, one_image
 
 from alvts_cli import AlvtsError, attach
-from alvts_cli.artifact import Artifact, fingerprint, load_artifact, save_artifact
+from alvts_cli.artifact import Artifact, fingerprint, load_artifact, quantised, save_artifact
 from alvts_cli.engine import PAPER, Carry, LayerSelector, PaperSelector, Picked, Policy
 from alvts_cli.engine.paper import paper_importance
 from alvts_cli.files import check_writable
@@ -478,6 +478,8 @@ def test_a_file_that_never_ends_is_not_read(tmp_path: Path) -> None:
 
 def test_a_path_may_be_text(saved: Path) -> None:
     assert load_artifact(str(saved)).model_id == "org/model"
+    save_artifact(make_artifact(model_id="other"), str(saved))
+    assert load_artifact(saved).model_id == "other"
 
 
 def test_missing_and_misshapen_tensors(saved: Path) -> None:
@@ -526,6 +528,108 @@ def test_values_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     with pytest.raises(AlvtsError, match="not finite"):
         save_artifact(bad, tmp_path / "a.safetensors")
     assert list(tmp_path.iterdir()) == []
+
+
+def _with(**changes: Any) -> Any:
+    return lambda made: replace(made, **changes)
+
+
+def _layers(change: Any) -> Any:
+    return lambda made: replace(made, layers=tuple(change(made.layers)))
+
+
+def _second(**changes: Any) -> Any:
+    """Of the artifact's layers, the second is another."""
+    return _layers(lambda layers: (layers[0], replace(layers[1], **changes), *layers[2:]))
+
+
+_PAPERS = PaperSelector(torch.ones(RANK, WIDTH), torch.ones(RANK, WIDTH), None, 1e-6)
+_NO_PART = "a part is not what Artifact says of it"
+
+UNSAVEABLE: list[tuple[Any, str]] = [
+    (_with(default_keep=2.5), "keep=2.5 is neither a ratio up to 1.0 nor a whole number"),
+    (_with(default_keep="a"), "'default_keep"),
+    (_with(default_keep=float("nan")), "default_keep, schedules, picked, calib"),
+    (_with(model_id=None), "'model'"),
+    (_with(model_id="a\ud800"), "not Unicode"),
+    (_with(family=3), "'family'"),
+    (_with(visual_tokens=-3), "'visual_tokens'"),
+    (_with(schedules=((0.5,),)), "has 1 values but the model has 4 layers"),
+    (_with(schedules=(("a",) * LAYERS,)), "'schedules"),
+    (_with(schedules=((1.5,) * LAYERS,)), "keep=1.5"),
+    (_with(schedules=0.5), "'schedules'"),
+    (_with(picked=("once",)), _NO_PART),
+    (_with(calibration=None), _NO_PART),
+    (_with(fingerprint=None), _NO_PART),
+    (_with(fingerprint=torch.ones(LAYERS, 16)), "fingerprint is float32 [4, 16]"),
+    (_with(fingerprint=torch.ones(LAYERS, 2, 16, device="meta")), "meta tensor"),
+    (lambda made: made.to(torch.device("meta"), torch.float32), "meta tensor"),
+    (lambda made: replace(made, carries=made.carries[:3]), "lacks the tensor 'carry.3.down'"),
+    (lambda made: replace(made, carries=made.carries * 2), "does not know: carry.4.down"),
+    (lambda made: None, _NO_PART),
+    (_with(layers=None), _NO_PART),
+    (_layers(lambda layers: [replace(one, down=torch.ones(RANK)) for one in layers]), _NO_PART),
+    (_with(layers=()), "at least one layer"),
+    (_layers(lambda layers: [None] * LAYERS), "every layer needs a selector"),
+    (_layers(lambda layers: [*layers[:3], None]), "every layer needs a selector"),
+    (_layers(lambda layers: [*layers[:3], _PAPERS]), "all LayerSelector or all PaperSelector"),
+    (_layers(lambda layers: layers[:3]), "has 4 for 3 layers"),
+    (_second(down=torch.ones(3, WIDTH)), "layers.1.down is float32 [3, 32], not"),
+    (_second(down=torch.ones(RANK, 8)), "layers.1.down is float32 [5, 8], not"),
+    (_second(up=torch.ones(KEYS, RANK, dtype=torch.int32)), "layers.1.up is I32 [16, 5], not"),
+    (_second(up=None), "lacks the tensor 'layers.1.up'"),
+    (_second(eps=0.0), "'norm_eps.1'"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), UNSAVEABLE, ids=range(len(UNSAVEABLE)))
+def test_what_could_not_be_read_is_not_written(change: Any, words: str, tmp_path: Path) -> None:
+    bad = change(make_artifact())
+    with pytest.raises(AlvtsError) as error:
+        save_artifact(bad, tmp_path / "a.safetensors")
+    line = str(error.value)
+    assert line.startswith("these selectors cannot be saved: ") and words in line
+    assert "\n" not in line and len(line) < 600
+    with pytest.raises(AlvtsError, match="these selectors cannot be saved"):
+        Artifact.save_pretrained(bad, tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_layers_may_share_their_tensors(tmp_path: Path) -> None:
+    """And tensors may be laid out otherwise than in the file."""
+    made = make_artifact()
+    carry = replace(made.carries[0], up=made.carries[0].up.T.contiguous().T)
+    made = replace(made, layers=made.layers[:1] * LAYERS, carries=(carry,) * LAYERS)
+    save_artifact(made, tmp_path / "a.safetensors")
+    found = load_artifact(tmp_path / "a.safetensors")
+    assert all(torch.equal(layer.down, made.layers[0].down) for layer in found.layers)
+    assert all(torch.equal(one.up, carry.up) for one in found.carries)
+
+
+@pytest.mark.parametrize("folder", ["", None, 3, b"x"])
+def test_a_folder_to_save_in_has_a_name(
+    folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AlvtsError, match="name a folder to save the selectors in, not"):
+        make_artifact().save_pretrained(folder)
+    with pytest.raises(AlvtsError, match="cannot make the folder"):
+        make_artifact().save_pretrained("a\0b")
+    assert list(tmp_path.iterdir()) == []
+    make_artifact().save_pretrained(".")
+    assert [path.name for path in tmp_path.iterdir()] == ["selectors.safetensors"]
+
+
+@pytest.mark.parametrize("part", ["model", "model.language_model", "lm_head", None, "llava"])
+def test_selectors_are_checked_against_a_whole_model(part: str | None) -> None:
+    inside = part in ("model", "model.language_model", "lm_head")
+    given = make_model("llava").get_submodule(part) if inside else part
+    with pytest.raises(AlvtsError) as attaching:
+        attach(given, make_artifact())
+    for use in (make_artifact().check_model, fingerprint, quantised):
+        with pytest.raises(AlvtsError) as error:
+            use(given)
+        assert str(error.value) == str(attaching.value)
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
