@@ -151,8 +151,8 @@ def process(
     """A rendered conversation, its images and its videos, ready for the model: a batch of one.
 
     Raises:
-        AlvtsError: not one place for each image and video, what the processor refuses, or more
-            tokens than `max_tokens`.
+        AlvtsError: not one place for each image and video, what the processor refuses or makes
+            otherwise than processors do, or more tokens than `max_tokens`.
     """
     for kind, these in {"image": images, "video": videos}.items():
         if these and rendered.count(getattr(processor, f"{kind}_token")) != len(these):
@@ -177,7 +177,10 @@ def process(
     # Whatever a processor out of a model's folder raises.
     except Exception as error:
         raise AlvtsError(f"the processor refused the prompt: {error}") from error
-    tokens = inputs["input_ids"].shape[1]
+    shape: Any = getattr(inputs.get("input_ids"), "shape", ())
+    if len(shape) != 2 or shape[0] != 1:
+        raise AlvtsError("the processor made no input_ids of the prompt as a tensor [1, T]")
+    tokens = shape[1]
     if max_tokens is not None and tokens > max_tokens:
         raise AlvtsError(
             f"prompt and images make {tokens} tokens but the model takes {max_tokens}; "

@@ -9,7 +9,8 @@
    - `checkpoint` keeps the finished layer, and the layer itself makes the next one's input.
 3. `carry` fits what skipped tokens are carried on with, and `policy` tries what keeps the most of
    the model's answers (`answers`).
-4. `run` puts it together into an `alvts_cli.artifact.Artifact`.
+4. `run` puts it together into an `alvts_cli.artifact.Artifact`; `arguments` checks what it is
+   given.
 
 Of fitted selectors, `check` measures whether they serve other weights, and `repick` picks the
 policies again; both let the dense model answer first (`asking`).

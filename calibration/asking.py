@@ -13,6 +13,7 @@ from alvts_cli.prompts import build_inputs
 from alvts_cli.spread import Group
 
 from .answers import Answered, answered
+from .arguments import each_sample
 from .run import Watch, in_words
 from .settings import Settings
 
@@ -54,14 +55,14 @@ def ask(
         group: of processes that share the samples.
 
     Raises:
-        AlvtsError: fewer than `FEWEST` usable samples.
+        AlvtsError: what is no sample, or fewer than `FEWEST` usable ones.
     """
     answers: list[Answered] = []
     broken: list[str] = []
     count = 0
     text_config: Any = family_of(model).text_model(model).config
     longest = text_config.max_position_embeddings - answer_tokens
-    for sample in samples:
+    for sample in each_sample(samples):
         try:
             inputs = build_inputs(processor, sample.images, sample.prompt, longest)
         except AlvtsError as error:

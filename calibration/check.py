@@ -10,15 +10,14 @@ import numpy as np
 
 from alvts_cli.artifact import Artifact
 from alvts_cli.data import Reader, Sample
-from alvts_cli.engine.probe import check_layers
 from alvts_cli.errors import AlvtsError
 from alvts_cli.evaluate.bootstrap import Bootstrap, Interval
-from alvts_cli.families import family_of
 from alvts_cli.families.vision import seen_once
 from alvts_cli.header import Trial
 from alvts_cli.spread import Group
 
 from .answers import each_kept, put_together
+from .arguments import family_to_run, given
 from .asking import answer_tokens, ask
 from .run import Watch
 
@@ -124,13 +123,12 @@ def check(
         group: of processes that share the samples; all of them get the result.
 
     Raises:
-        AlvtsError: selectors of another shape, a file without such a record, fewer than
-            `asking.FEWEST` usable samples.
+        AlvtsError: selectors of another shape, a file without such a record, a part of a model, an
+            attached one, what is no sample, fewer than `asking.FEWEST` usable ones.
     """
-    watch, group = watch or Watch(), group or Group()
+    watch, group = given(watch, Watch), given(group, Group)
     then = recorded(artifact)
-    family_of(model).check(model)
-    check_layers(model)
+    family_to_run(model)
     artifact = artifact.check_model(model, other_weights=True)
     asked = ask(model, processor, samples, answer_tokens(artifact), watch, group)
     resampled = Bootstrap(asked.count, seed=0)

@@ -8,12 +8,11 @@ from typing import Any
 
 from alvts_cli.artifact import Artifact
 from alvts_cli.data import Reader, Sample
-from alvts_cli.engine.probe import check_layers
 from alvts_cli.errors import AlvtsError
-from alvts_cli.families import family_of
 from alvts_cli.header import TriedOn
 from alvts_cli.spread import Group
 
+from .arguments import family_to_run, given
 from .asking import answer_tokens, ask
 from .policy import pick, steps, try_policies
 from .run import Watch
@@ -44,13 +43,13 @@ def repick(
         The same selectors with other policies, and the record of these trials.
 
     Raises:
-        AlvtsError: selectors of another model, or some that policies cannot be tried with; fewer
-            than `asking.FEWEST` usable samples.
+        AlvtsError: selectors of another model, or some that policies cannot be tried with; a part
+            of a model, or an attached one; what is no sample; fewer than `asking.FEWEST` usable
+            ones.
     """
-    watch, group = watch or Watch(), group or Group()
+    watch, group = given(watch, Watch), given(group, Group)
     check_pickable(artifact)
-    family_of(model).check(model)
-    check_layers(model)
+    family_to_run(model)
     artifact = artifact.check_model(model)
     asked = ask(model, processor, samples, answer_tokens(artifact), watch, group)
     done = count(1)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from itertools import count
 from statistics import median
@@ -14,7 +14,6 @@ from alvts_cli import __version__
 from alvts_cli.artifact import Artifact, fingerprint
 from alvts_cli.data import Reader, Sample
 from alvts_cli.engine import Carry, default_carry_rank, default_rank, paper_rank
-from alvts_cli.engine.probe import check_layers
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of
 from alvts_cli.families.placing import input_device
@@ -23,6 +22,7 @@ from alvts_cli.prompts import build_inputs
 from alvts_cli.spread import Group
 
 from .answers import Answered, answered
+from .arguments import each_sample, family_to_run, given
 from .capture import Captured, capture
 from .carry import fit_carries
 from .checkpoint import Checkpoint
@@ -53,6 +53,16 @@ class Watch:
     layer: Callable[[int, int, LayerFit], None] = _ignore
     carried: Callable[[int, int], None] = _ignore
     trial: Callable[[int, int], None] = _ignore
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            AlvtsError: one of them cannot be called.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not callable(value):
+                raise AlvtsError(f"{field.name} of a Watch is a function, not {value!r}")
 
 
 def calibrate(
@@ -93,14 +103,12 @@ def calibrate(
             all of them get the artifact.
 
     Raises:
-        AlvtsError: an unknown architecture, quantised weights, too few usable samples, a rank
-            above the model's, numbers that are not finite, or a checkpoint of another run.
+        AlvtsError: an unknown architecture, a part of a model, an attached one, quantised weights,
+            arguments of another kind, too few usable samples, a rank above the model's, numbers
+            that are not finite, or a checkpoint of another run.
     """
-    settings = settings or Settings()
-    watch, group = watch or Watch(), group or Group()
-    family = family_of(model)
-    family.check(model)
-    check_layers(model)
+    settings, watch, group = given(settings, Settings), given(watch, Watch), given(group, Group)
+    family = family_to_run(model)
     config: Any = family.text_model(model).config
     layers: Any = family.layers(model)
     paper = settings.form == "paper"
@@ -218,7 +226,7 @@ def _capture_all(
     stride = max(2, round(1 / settings.held_out))
     ids: list[str] = []
     broken: list[str] = []
-    for sample in samples:
+    for sample in each_sample(samples):
         measures = len(ids) % stride == 0
         try:
             # The prompt alone, without the answer: it is what prefill sees in use.

@@ -1,12 +1,17 @@
 """What a calibration run can be told."""
 
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, get_type_hints
+
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from alvts_cli.errors import AlvtsError
+from alvts_cli.schema import Count, check
 
 FORMS = ("alvts", "paper")
+
+Some = Annotated[Count, Field(ge=1)]
+"""A whole number of at least 1."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +35,16 @@ class Settings:
     """
 
     form: str = "alvts"
-    rank: int | None = None
-    keep: float = 1 / 9
-    held_out: float = 1 / 4
-    steps: int = 150
-    batch: int = 8
-    learning_rate: float = 0.003
-    seed: int = 0
-    carry_samples: int = 40
-    policy_samples: int = 64
-    answer_tokens: int = 16
+    rank: Some | None = None
+    keep: Annotated[float, Field(gt=0, le=1)] = 1 / 9
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 1 / 4
+    steps: Some = 150
+    batch: Some = 8
+    learning_rate: Annotated[float, Field(gt=0)] = 0.003
+    seed: Count = 0
+    carry_samples: Some = 40
+    policy_samples: Some = 64
+    answer_tokens: Some = 16
 
     @classmethod
     def paper(cls, **options: Any) -> "Settings":
@@ -48,19 +53,23 @@ class Settings:
         return cls(form="paper", **{"steps": 400, "learning_rate": 1e-3, **options})
 
     def __post_init__(self) -> None:
+        """
+        Raises:
+            AlvtsError: a value of another kind, or out of range.
+        """
+        # As a keep, everywhere else, a whole number is one of tokens.
+        whole = isinstance(self.keep, int)
+        for name, adapter in _ADAPTERS.items():
+            value = check(adapter, getattr(self, name), f"the setting {name!r}", of_json=False)
+            # Python's own number in the place of numpy's or torch's: it is written down as JSON.
+            object.__setattr__(self, name, value)
         if self.form not in FORMS:
             raise AlvtsError(f"unknown form {self.form!r}; known: {', '.join(FORMS)}")
-        if self.rank is not None and self.rank < 1:
-            raise AlvtsError(f"the rank must be at least 1, not {self.rank}")
-        if not 0 < self.keep <= 1:
-            raise AlvtsError(f"the keep ratio must be above 0 and at most 1, not {self.keep}")
-        if not 0 < self.held_out < 1:
-            raise AlvtsError(f"the held-out share must be between 0 and 1, not {self.held_out}")
-        if self.steps < 1 or self.batch < 1:
-            raise AlvtsError("steps and batch must be at least 1")
-        if min(self.carry_samples, self.policy_samples, self.answer_tokens) < 1:
-            raise AlvtsError("carry_samples, policy_samples and answer_tokens must be at least 1")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise AlvtsError(f"the learning rate must be above 0, not {self.learning_rate}")
-        if self.seed < 0:
-            raise AlvtsError(f"the seed must be at least 0, not {self.seed}")
+        if whole:
+            raise AlvtsError("the setting 'keep' is a ratio: write 1.0, not 1")
+
+
+_ADAPTERS: dict[str, TypeAdapter[Any]] = {
+    name: TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
+    for name, kind in get_type_hints(Settings, include_extras=True).items()
+}

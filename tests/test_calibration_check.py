@@ -12,7 +12,7 @@ from calibration_tools import fast, make_processor, make_small, scenes
 from cli_tools import alvts, model_folder, refused
 from test_calibration_command import small_folder
 
-from alvts_cli import AlvtsError
+from alvts_cli import AlvtsError, attach
 from alvts_cli.artifact import Artifact, save_artifact
 from alvts_cli.commands.calibrate_check import verdict
 from alvts_cli.prompts import build_inputs
@@ -114,6 +114,22 @@ def test_without_a_record_there_is_nothing_to_check_against() -> None:
 def test_too_few_samples_are_refused() -> None:
     with pytest.raises(AlvtsError, match="only 3 usable samples, at least 16"):
         check(tuned(), make_processor(), fitted(), scenes(3))
+
+
+def test_an_attached_model_or_a_part_of_one_is_refused() -> None:
+    model = make_small()
+    with (
+        attach(model, fitted(), 0.5),
+        pytest.raises(AlvtsError, match="detach it before calibrating"),
+    ):
+        check(model, make_processor(), fitted(), scenes(COUNT))
+    with pytest.raises(AlvtsError, match="the whole model, not to a part"):
+        check(model.model, make_processor(), fitted(), scenes(COUNT))
+
+
+def test_what_is_no_sample_is_refused() -> None:
+    with pytest.raises(AlvtsError, match=r"samples\[1\] must be a Sample; its type is None"):
+        check(make_small(), make_processor(), fitted(), [*scenes(1), None])
 
 
 def saved(tmp_path: Path, artifact: Artifact) -> Path:

@@ -3,9 +3,11 @@
 import gc
 import math
 import weakref
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from calibration_tools import LAYERS, RANK, WIDTH, fast, make_processor, make_small, scenes
@@ -13,14 +15,14 @@ from tiny import FAMILIES, make_inputs, make_model, one_image
 
 from alvts_cli import AlvtsError, attach
 from alvts_cli.artifact import Artifact, load_artifact, save_artifact
-from alvts_cli.engine import Keep, default_rank
+from alvts_cli.engine import Keep, attach_scorer, default_rank, is_attached
 from alvts_cli.engine.calls import POSITIONS
 from alvts_cli.engine.placing import make_scorer
 from alvts_cli.engine.plan import make_plan
 from alvts_cli.engine.probe import attention_importance, project
 from alvts_cli.families import QueryKey, family_of
 from alvts_cli.prompts import build_inputs
-from calibration import Checkpoint, Sample, Settings, Watch, calibrate
+from calibration import Checkpoint, Sample, Settings, Source, Watch, calibrate
 from calibration.align import align, divergence
 from calibration.capture import advance, capture
 from calibration.initialise import initialise
@@ -331,10 +333,101 @@ def test_a_quarter_of_the_papers_ranks() -> None:
         {"carry_samples": 0},
         {"policy_samples": 0},
         {"answer_tokens": 0},
+        {"rank": "4"},
+        {"rank": 4.5},
+        {"rank": True},
+        {"rank": 2**60},
+        {"steps": 2.5},
+        {"steps": None},
+        {"batch": float("nan")},
+        {"seed": None},
+        {"seed": 2**60},
+        {"keep": "a"},
+        {"keep": True},
+        {"keep": 1},
+        {"keep": None},
+        {"held_out": float("nan")},
+        {"held_out": "1/4"},
+        {"learning_rate": float("inf")},
+        {"learning_rate": None},
+        {"form": None},
+        {"form": ["alvts"]},
     ],
 )
 def test_settings_without_sense(wrong: dict[str, Any]) -> None:
-    with pytest.raises(AlvtsError):
+    with pytest.raises(AlvtsError) as error:
         Settings(**wrong)
+    (name,) = wrong
+    assert f"the setting {name!r}" in str(error.value) and "\n" not in str(error.value)
     with pytest.raises(TypeError):
         Settings(**{"colour": "blue"})
+
+
+def test_settings_may_be_numbers_of_numpy_and_torch() -> None:
+    """And are Python's own in what is written of them."""
+    settings = Settings(keep=np.float32(0.5), held_out=torch.tensor(0.25), learning_rate=1)
+    assert asdict(settings) == asdict(Settings(keep=0.5, learning_rate=1.0))
+    assert all(type(value) in (str, int, float, type(None)) for value in asdict(settings).values())
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"settings": {"rank": 4}}, "settings must be a Settings; its type is dict"),
+        ({"watch": print}, "watch must be a Watch; its type is builtin"),
+        ({"group": 2}, "group must be a Group; its type is int"),
+    ],
+)
+def test_arguments_of_another_kind(more: dict[str, Any], words: str) -> None:
+    with pytest.raises(AlvtsError, match=words):
+        calibrate(make_small(), make_processor(), scenes(), **more)
+
+
+def test_what_is_told_how_far_a_run_is_can_be_called() -> None:
+    with pytest.raises(AlvtsError, match="sample of a Watch is a function, not None"):
+        Watch(sample=None)  # type: ignore[arg-type]
+
+
+def _good() -> Sample:
+    return next(iter(scenes(1)))
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        (lambda: None, "samples must be what read_data gives.* their type is NoneType"),
+        (lambda: Source("pocket"), "their type is Source"),
+        (lambda: "photos", r"samples\[0\] must be a Sample; its type is str"),
+        (lambda: [_good(), {"input_ids": [1]}], r"samples\[1\] must be a Sample; its type is dict"),
+        (lambda: [replace(_good(), id=7)], r"samples\[0\].id must be text; its type is int"),
+        (lambda: [replace(_good(), prompt=None)], r"samples\[0\].prompt must be text"),
+        (
+            lambda: [replace(_good(), images=_good().images[0])],
+            r"samples\[0\].images must be a list of pictures; its type is Image",
+        ),
+        (lambda: [replace(_good(), images=[None])] * 3, "only 0 usable samples.*3 were skipped"),
+    ],
+)
+def test_what_is_no_sample(samples: Any, words: str) -> None:
+    with pytest.raises(AlvtsError, match=words):
+        calibrate(make_small(), make_processor(), samples(), fast())
+
+
+@pytest.mark.parametrize("part", ["model", "model.language_model", "lm_head", None, "pocket"])
+def test_only_a_whole_model_is_calibrated(part: str | None) -> None:
+    inside = part in ("model", "model.language_model", "lm_head")
+    given = make_small().get_submodule(part) if inside else part
+    with pytest.raises(AlvtsError) as attaching:
+        attach_scorer(given, None, 0.5)
+    with pytest.raises(AlvtsError) as error:
+        calibrate(given, make_processor(), scenes(), fast())
+    assert str(error.value) == str(attaching.value)
+
+
+def test_an_attached_model_is_to_be_detached_first() -> None:
+    model = make_small()
+    with attach_scorer(model, None, 0.5):
+        assert is_attached(model)
+        with pytest.raises(AlvtsError, match="attached to this model; detach it before calibrat"):
+            calibrate(model, make_processor(), scenes(), fast())
+    assert not is_attached(model)

@@ -12,7 +12,7 @@ from cli_tools import alvts, model_folder, refused
 from test_calibration_check import tuned
 from test_calibration_command import small_folder
 
-from alvts_cli import AlvtsError
+from alvts_cli import AlvtsError, attach
 from alvts_cli.artifact import Artifact, load_artifact, save_artifact
 from alvts_cli.card import make_card
 from alvts_cli.engine import PAPER, Picked
@@ -91,6 +91,17 @@ def test_what_cannot_be_picked_is_refused() -> None:
         repick(model, make_processor(), fitted(), scenes(COUNT))
     with pytest.raises(AlvtsError, match="only 3 usable samples, at least 16"):
         repick(make_small(), make_processor(), fitted(), scenes(3))
+
+
+def test_an_attached_model_or_a_part_of_one_is_refused() -> None:
+    model = make_small()
+    with (
+        attach(model, fitted(), 0.5),
+        pytest.raises(AlvtsError, match="detach it before calibrating"),
+    ):
+        repick(model, make_processor(), fitted(), scenes(COUNT))
+    with pytest.raises(AlvtsError, match="the whole model, not to a part"):
+        repick(model.model, make_processor(), fitted(), scenes(COUNT))
 
 
 def saved(path: Path) -> Path:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from alvts_cli import AlvtsError
@@ -91,6 +92,19 @@ def test_qwens_own_prompt() -> None:
     # The model's own placeholder counts as a place too, and cannot smuggle one in.
     with pytest.raises(AlvtsError, match="2 places for images"):
         build_inputs(processor, [PICTURE], "<|image_pad|> <image>")
+
+
+@pytest.mark.parametrize("ids", [[[1, 2]], torch.ones(5), torch.ones(2, 5), None])
+def test_a_processor_that_makes_no_batch_of_one(ids: Any) -> None:
+    class LlavaProcessor:
+        image_token = "<image>"
+        tokenizer = SimpleNamespace(bos_token=None)
+
+        def __call__(self, **_: Any) -> Any:
+            return {"input_ids": ids}
+
+    with pytest.raises(AlvtsError, match=r"made no input_ids of the prompt as a tensor \[1, T\]"):
+        build_inputs(LlavaProcessor(), [PICTURE], "what?")
 
 
 @pytest.mark.parametrize(

@@ -458,3 +458,8 @@ class Attachment:
             prepare_cache(cache, self._num_layers)
             self._state.cache = cache
         return cache.layers[i]
+
+
+def is_attached(model: Any) -> bool:
+    """Whether alvts is attached to `model`, a whole one of a known family."""
+    return family_of(model).backbone(model) in _attached

@@ -1,7 +1,7 @@
 """All that the engine offers, loaded together: torch comes with it."""
 
 from .attaching import attach, attach_scorer, keep_of, policy_of
-from .attachment import Attachment, Prefill
+from .attachment import Attachment, Prefill, is_attached
 from .cache import SelectiveLayer, prepare_cache
 from .calls import cache_of, new_cache
 from .carry import Carry
@@ -47,6 +47,7 @@ __all__ = [
     "default_carry_rank",
     "default_rank",
     "importance",
+    "is_attached",
     "keep_of",
     "kv_bytes",
     "kv_bytes_expected",
