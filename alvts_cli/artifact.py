@@ -120,13 +120,10 @@ class Artifact:
         """
         from .hub import FILE
 
-        # An empty name, as of a variable that is not set, would be the current folder.
-        if not isinstance(folder, str | os.PathLike) or folder == "":
-            raise AlvtsError(f"name a folder to save the selectors in, not {folder!r}")
-        path = Path(folder) / FILE
-        data = _packed(self, path)
-        make_folder(Path(folder))
-        write_whole(path, data)
+        place = _path(folder, "folder")
+        data = _packed(self, place / FILE)
+        make_folder(place)
+        write_whole(place / FILE, data)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> "Artifact":
         """The same, its tensors there and in that precision."""
@@ -214,13 +211,24 @@ def fingerprint(model: Any) -> Tensor:
     return torch.stack(rows).unflatten(0, (-1, 2))
 
 
+def _path(name: Any, what: str) -> Path:
+    """
+    Raises:
+        AlvtsError: it is none. Nor is an empty name, as of a variable that is not set, which would
+            be the current folder.
+    """
+    if not isinstance(name, str | os.PathLike) or name == "":
+        raise AlvtsError(f"name a {what} of selectors, not {name!r}")
+    return Path(name)
+
+
 def save_artifact(artifact: Artifact, path: str | os.PathLike[str]) -> None:
     """Write the file, whole or not at all.
 
     Raises:
         AlvtsError: `load_artifact` would refuse it, or it cannot be written.
     """
-    path = Path(path)
+    path = _path(path, "file")
     write_whole(path, _packed(artifact, path))
 
 
@@ -302,7 +310,7 @@ def load_artifact(path: str | os.PathLike[str]) -> Artifact:
         AlvtsError: no such file, not safetensors, cut short, not ours, another format, missing or
             misshapen tensors, values that are not finite.
     """
-    path = Path(path)
+    path = _path(path, "file")
     with open_regular(path, "selector file") as file:
         artifact, unknown = _read(file, path)
     if unknown:

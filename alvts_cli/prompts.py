@@ -117,9 +117,15 @@ def user_turn(processor: Any, prompt: str, images: int, videos: int = 0) -> dict
         videos: how many, behind the last image.
 
     Raises:
-        AlvtsError: not as many places as images, or text that is not Unicode.
+        AlvtsError: not as many places as images, text that is not Unicode, or a processor of text
+            alone.
     """
     check_text(prompt)
+    if getattr(processor, "image_token", None) is None:
+        raise AlvtsError(
+            "a processor of pictures, as AutoProcessor gives it for the model, is wanted here, not "
+            f"a {type(processor).__name__}"
+        )
     parts = _parts(prompt, processor.image_token, images)
     behind = max((i + 1 for i, part in enumerate(parts) if part["type"] == "image"), default=0)
     parts[behind:behind] = [{"type": "video"} for _ in range(videos)]

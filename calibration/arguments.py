@@ -16,18 +16,21 @@ _PARTS = {"id": (str, "text"), "images": (Sequence, "a list of pictures"), "prom
 """What a sample has for every model, and what it is."""
 
 
-def given(value: T | None, kind: type[T]) -> T:
-    """An argument, or the default of its kind in the place of None.
+def of_kind(value: Any, kind: type[T], name: str = "") -> T:
+    """An argument that is of its kind.
 
     Raises:
-        AlvtsError: it is of another kind.
+        AlvtsError: it is of another one.
     """
-    if value is None:
-        return kind()
     if not isinstance(value, kind):
-        name = kind.__name__
-        raise AlvtsError(f"{name.lower()} must be a {name}; its type is {type(value).__name__}")
+        name = name or kind.__name__.lower()
+        raise AlvtsError(f"{name} must be of type {kind.__name__}, not {type(value).__name__}")
     return value
+
+
+def given(value: T | None, kind: type[T]) -> T:
+    """`of_kind`, or the default of that kind in the place of None; the same errors."""
+    return kind() if value is None else of_kind(value, kind)
 
 
 def family_to_run(model: Any) -> Family:

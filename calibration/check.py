@@ -17,7 +17,7 @@ from alvts_cli.header import Trial
 from alvts_cli.spread import Group
 
 from .answers import each_kept, put_together
-from .arguments import family_to_run, given
+from .arguments import family_to_run, given, of_kind
 from .asking import answer_tokens, ask
 from .run import Watch
 
@@ -127,7 +127,7 @@ def check(
             attached one, what is no sample, fewer than `asking.FEWEST` usable ones.
     """
     watch, group = given(watch, Watch), given(group, Group)
-    then = recorded(artifact)
+    then = recorded(of_kind(artifact, Artifact, "the selectors"))
     family_to_run(model)
     artifact = artifact.check_model(model, other_weights=True)
     asked = ask(model, processor, samples, answer_tokens(artifact), watch, group)

@@ -12,7 +12,7 @@ from alvts_cli.errors import AlvtsError
 from alvts_cli.header import TriedOn
 from alvts_cli.spread import Group
 
-from .arguments import family_to_run, given
+from .arguments import family_to_run, given, of_kind
 from .asking import answer_tokens, ask
 from .policy import pick, steps, try_policies
 from .run import Watch
@@ -48,7 +48,7 @@ def repick(
             ones.
     """
     watch, group = given(watch, Watch), given(group, Group)
-    check_pickable(artifact)
+    check_pickable(of_kind(artifact, Artifact, "the selectors"))
     family_to_run(model)
     artifact = artifact.check_model(model)
     asked = ask(model, processor, samples, answer_tokens(artifact), watch, group)

@@ -22,7 +22,7 @@ from alvts_cli.prompts import build_inputs
 from alvts_cli.spread import Group
 
 from .answers import Answered, answered
-from .arguments import each_sample, family_to_run, given
+from .arguments import each_sample, family_to_run, given, of_kind
 from .capture import Captured, capture
 from .carry import fit_carries
 from .checkpoint import Checkpoint
@@ -108,6 +108,8 @@ def calibrate(
             that are not finite, or a checkpoint of another run.
     """
     settings, watch, group = given(settings, Settings), given(watch, Watch), given(group, Group)
+    if checkpoint is not None:
+        of_kind(checkpoint, Checkpoint)
     family = family_to_run(model)
     config: Any = family.text_model(model).config
     layers: Any = family.layers(model)

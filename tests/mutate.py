@@ -52,7 +52,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         *("test_engine_reference:recorded and llava-", "test_engine_pieces:looks"),
         *("test_engine_compiling:phases or told", _PAPER),
     ),
-    "cache.py": ("test_engine_cache", *_ATTACHED),
+    "cache.py": ("test_engine_cache", *_ATTACHED, "test_engine_batch:mask or turn"),
     "calls.py": ("test_engine_calls", "test_engine_cache", "test_engine_dense"),
     "carry.py": (_PIECES, "test_engine_few", "test_calibration_policy:carry"),
     "compiling.py": (
@@ -78,7 +78,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "normed.py": _SCORING,
     "paper.py": (_PAPER,),
     "placing.py": ("test_engine_few", _PIECES, _PAPER, _REFERENCE),
-    "plan.py": ("test_engine_plan", _REFERENCE, *_ATTACHED),
+    "plan.py": ("test_engine_plan", _REFERENCE, *_ATTACHED, "test_engine_batch:mask"),
     "policy.py": (_PIECES, "test_calibration_policy", "test_artifact:wrong_kind"),
     "probe.py": (
         "test_families:scores_otherwise or not_known_is_seen",

@@ -611,8 +611,12 @@ def test_a_folder_to_save_in_has_a_name(
     folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(AlvtsError, match="name a folder to save the selectors in, not"):
+    with pytest.raises(AlvtsError, match="name a folder of selectors, not"):
         make_artifact().save_pretrained(folder)
+    with pytest.raises(AlvtsError, match="name a file of selectors, not"):
+        save_artifact(make_artifact(), folder)
+    with pytest.raises(AlvtsError, match="name a file of selectors, not"):
+        load_artifact(folder)
     with pytest.raises(AlvtsError, match="cannot make the folder"):
         make_artifact().save_pretrained("a\0b")
     assert list(tmp_path.iterdir()) == []

@@ -123,13 +123,19 @@ def test_an_attached_model_or_a_part_of_one_is_refused() -> None:
         pytest.raises(AlvtsError, match="detach it before calibrating"),
     ):
         check(model, make_processor(), fitted(), scenes(COUNT))
-    with pytest.raises(AlvtsError, match="the whole model, not to a part"):
+    with pytest.raises(AlvtsError, match="gives it, not to a part"):
         check(model.model, make_processor(), fitted(), scenes(COUNT))
 
 
 def test_what_is_no_sample_is_refused() -> None:
     with pytest.raises(AlvtsError, match=r"samples\[1\] must be a Sample; its type is None"):
         check(make_small(), make_processor(), fitted(), [*scenes(1), None])
+
+
+@pytest.mark.parametrize("name", [None, "s.safetensors"])
+def test_what_are_no_selectors_is_refused(name: Any) -> None:
+    with pytest.raises(AlvtsError, match="the selectors must be of type Artifact, not"):
+        check(make_small(), make_processor(), name, scenes(COUNT))
 
 
 def saved(tmp_path: Path, artifact: Artifact) -> Path:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from calibration_tools import LAYERS, RANK, WIDTH, fast, make_processor, make_small, scenes
-from tiny import FAMILIES, make_inputs, make_model, one_image
+from tiny import FAMILIES, make_inputs, make_model, make_selectors, one_image
 
 from alvts_cli import AlvtsError, attach
 from alvts_cli.artifact import Artifact, load_artifact, save_artifact
-from alvts_cli.engine import Keep, attach_scorer, default_rank, is_attached
+from alvts_cli.engine import Keep, default_rank, is_attached
 from alvts_cli.engine.calls import POSITIONS
 from alvts_cli.engine.placing import make_scorer
 from alvts_cli.engine.plan import make_plan
@@ -373,9 +373,10 @@ def test_settings_may_be_numbers_of_numpy_and_torch() -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"settings": {"rank": 4}}, "settings must be a Settings; its type is dict"),
-        ({"watch": print}, "watch must be a Watch; its type is builtin"),
-        ({"group": 2}, "group must be a Group; its type is int"),
+        ({"settings": {"rank": 4}}, "settings must be of type Settings, not dict"),
+        ({"watch": print}, "watch must be of type Watch, not builtin"),
+        ({"group": 2}, "group must be of type Group, not int"),
+        ({"checkpoint": "s.partial"}, "checkpoint must be of type Checkpoint, not str"),
     ],
 )
 def test_arguments_of_another_kind(more: dict[str, Any], words: str) -> None:
@@ -418,7 +419,7 @@ def test_only_a_whole_model_is_calibrated(part: str | None) -> None:
     inside = part in ("model", "model.language_model", "lm_head")
     given = make_small().get_submodule(part) if inside else part
     with pytest.raises(AlvtsError) as attaching:
-        attach_scorer(given, None, 0.5)
+        attach(given, fast, 0.5)
     with pytest.raises(AlvtsError) as error:
         calibrate(given, make_processor(), scenes(), fast())
     assert str(error.value) == str(attaching.value)
@@ -426,7 +427,7 @@ def test_only_a_whole_model_is_calibrated(part: str | None) -> None:
 
 def test_an_attached_model_is_to_be_detached_first() -> None:
     model = make_small()
-    with attach_scorer(model, None, 0.5):
+    with attach(model, make_selectors(layers=LAYERS), 0.5):
         assert is_attached(model)
         with pytest.raises(AlvtsError, match="attached to this model; detach it before calibrat"):
             calibrate(model, make_processor(), scenes(), fast())

@@ -100,8 +100,14 @@ def test_an_attached_model_or_a_part_of_one_is_refused() -> None:
         pytest.raises(AlvtsError, match="detach it before calibrating"),
     ):
         repick(model, make_processor(), fitted(), scenes(COUNT))
-    with pytest.raises(AlvtsError, match="the whole model, not to a part"):
+    with pytest.raises(AlvtsError, match="gives it, not to a part"):
         repick(model.model, make_processor(), fitted(), scenes(COUNT))
+
+
+def test_what_are_no_selectors_is_refused() -> None:
+    none: Any = "s.safetensors"
+    with pytest.raises(AlvtsError, match="the selectors must be of type Artifact, not str"):
+        repick(make_small(), make_processor(), none, scenes(COUNT))
 
 
 def saved(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """What a forward is planned to do, from layouts of visual (v), text (t) and padding (.) tokens."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -40,6 +41,40 @@ def test_what_needs_no_choice() -> None:
     assert text.keep_counts == () and not text.selects(0)
     token = planned("t")
     assert token.visual_counts == () and token.text.tolist() == [[True]]
+
+
+def test_one_visual_token_may_be_skipped() -> None:
+    assert planned("tvt", "tvt", keep=(0,)).keep_counts == ((0, 0),)
+
+
+def test_what_a_mask_says_of_the_tokens_before() -> None:
+    """In a turn of one token and of two: as it was, otherwise, nothing; and padding in the turn."""
+    real = torch.tensor([[False, True, True], [True, True, True]])
+    keep = Keep((0.5,))
+    for new in (1, 2):
+        ids = torch.ones(2, new, dtype=torch.int64)
+        words, padded = ids.bool(), ids.bool()
+        padded[0] = False
+
+        def plan(before: Any, said: Any, now: Any, ids: Any = ids) -> Plan:
+            mask = None if said is None else torch.cat([said, now], dim=1).long()
+            return make_plan(ids, torch.zeros_like(ids, dtype=torch.bool), mask, keep, before)
+
+        for now in (words, padded):
+            for before, said, other in (
+                (real, real, False),
+                (real, ~real, True),
+                (real, torch.ones_like(real), True),
+                (None, torch.ones_like(real), False),
+                (None, real, True),
+            ):
+                made = plan(before, said, now)
+                assert made.remasks is other
+                assert torch.equal(made.text, now)
+                assert (made.real is None) == (now is words)
+        for before in (real, None):
+            made = plan(before, None, words)
+            assert made.remasks is (before is not None) and made.real is None
 
 
 def test_a_sample_of_visual_tokens_alone_keeps_one() -> None:

@@ -227,3 +227,9 @@ def test_the_usual_prompt_as_a_template(name: str) -> None:
         assert both == "USER: <image>\nwhat? ASSISTANT: that</s>USER: and? ASSISTANT:"
     with pytest.raises(Exception, match="no place for system turns"):
         words(("system", "be good"))
+
+
+def test_a_processor_of_text_alone_is_named() -> None:
+    for none in (None, make_processor().tokenizer):
+        with pytest.raises(AlvtsError, match="a processor of pictures, as AutoProcessor gives it"):
+            build_inputs(none, [PICTURE], "what?")
