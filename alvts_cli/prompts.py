@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image, ImageOps
-from transformers import BatchFeature
+from transformers import BatchFeature, PreTrainedTokenizerBase
 
 from .errors import AlvtsError
 from .files import open_regular
@@ -121,7 +121,9 @@ def user_turn(processor: Any, prompt: str, images: int, videos: int = 0) -> dict
             alone.
     """
     check_text(prompt)
-    if getattr(processor, "image_token", None) is None:
+    # A tokenizer may know the token, too.
+    text_alone = isinstance(processor, PreTrainedTokenizerBase)
+    if text_alone or getattr(processor, "image_token", None) is None:
         raise AlvtsError(
             "a processor of pictures, as AutoProcessor gives it for the model, is wanted here, not "
             f"a {type(processor).__name__}"
