@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import CACHE, FAMILIES, make_inputs, make_model, make_selectors, one_image
+from torch import nn
 from transformers import DynamicCache
 
 import alvts_cli
@@ -164,3 +165,26 @@ def test_the_installed_transformers_is_known(family: str) -> None:
         warnings.simplefilter("error")
         with torch.no_grad(), alvts_cli.attach(model, make_selectors(family), 0.4):
             model(**make_inputs(model, one_image(family)))
+
+
+class Around(nn.Module):
+    """A layer that is checkpointed around its hooks, as all were before transformers 5.24."""
+
+    gradient_checkpointing = True
+
+    def __call__(self, *args: Any) -> Any:
+        return super().__call__(*args)
+
+
+def test_checkpointing_around_the_hooks() -> None:
+    with pytest.raises(AlvtsError, match="would run alvts a second time in the backward pass"):
+        calls.check_checkpointing(Around())
+    with torch.no_grad():
+        calls.check_checkpointing(Around())
+    calls.check_checkpointing(Around().eval())
+    once = Around()
+    once.gradient_checkpointing = False
+    calls.check_checkpointing(once)
+    inside = nn.Identity()
+    inside.gradient_checkpointing = True  # type: ignore[assignment]
+    calls.check_checkpointing(inside)
