@@ -7,8 +7,9 @@ from torch import nn
 from transformers import DynamicCache
 
 from alvts_cli import AlvtsError, attach
-from alvts_cli.engine import NAMED, cache_of, parse_policy
+from alvts_cli.engine import NAMED, Keep, cache_of, parse_policy
 from alvts_cli.engine.calls import going_on
+from alvts_cli.engine.plan import make_plan
 
 OPTIONS = dict(do_sample=False, return_dict_in_generate=True, output_logits=True)
 
@@ -224,6 +225,65 @@ def test_a_turn_of_one_token_may_be_padding_in_a_batch_of_one():
         said = turn(model, said, word, mask[:, :-2], places[:, -3:-2])
         said = turn(model, said, more, mask, places[:, -2:])
     torch.testing.assert_close(said.logits, expected.logits, rtol=1e-4, atol=1e-4)
+
+
+# Visual tokens, 88 and 52, and a prompt without a word.
+BIG = Prompt([1, 5, 9, 12, 33], [(32, 32)], seed=1)
+SMALL = Prompt([1, 5, 9, 13, 34], [(16, 32)], seed=2)
+WORDLESS = Prompt([], [(32, 32)], at=0, seed=3)
+
+NEIGHBOURS = {
+    "one keeps all, in every layer": (BIG, SMALL, 60, ()),
+    "one keeps all in the first": (BIG, SMALL, [60, 5, 5, 5], ()),
+    "one keeps all in a later one": (BIG, SMALL, [0, 5, 60, 5], ()),
+    "schedules give one nothing at first": (BIG, SMALL, 0.05, ((0, 0.02, 0.3, 0.1),)),
+    "and then": (BIG, SMALL, 0.2, ((0.01, 0, 0.3, 0.5),)),
+    "one has to keep a token": (BIG, WORDLESS, [0, 0.3, 0.3, 0.3], ()),
+}
+
+
+@pytest.mark.parametrize("policy", NAMED)
+@pytest.mark.parametrize(
+    ("first", "second", "keep", "schedules"), NEIGHBOURS.values(), ids=NEIGHBOURS
+)
+def test_where_tokens_are_ranked_no_neighbour_decides(first, second, keep, schedules, policy):
+    """Nor for whom a token stands that is kept like all others. LLaVA-NeXT has tokens that are all
+    alike in the first layer, at the ends of its rows."""
+    model = make_model("llava_next")
+    selectors = make_selectors("llava_next", policy=NAMED[policy], schedules=schedules)
+    with torch.no_grad(), attach(model, selectors, keep) as attachment:
+        together = model(**make_inputs(model, first, second)).logits[:, -1]
+        kept = attachment.last.kept
+        for b, prompt in enumerate((first, second)):
+            alone = model(**make_inputs(model, prompt)).logits[0, -1]
+            assert [one for (one,) in attachment.last.kept] == [one[b] for one in kept]
+            torch.testing.assert_close(together[b], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_an_image_of_which_some_is_masked_is_one_image():
+    """As if those tokens were not there."""
+    model = make_model("llava")
+    inputs = make_inputs(model, Prompt([1, 5, 9, 12], one_image("llava").images))
+    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
+    mask = torch.ones_like(ids)
+    mask[0, (ids[0] == IMAGE).nonzero()[6:9, 0]] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    plan = make_plan(ids, ids == IMAGE, mask, Keep((0.5,)))
+    assert not plan.several and plan.visual_counts == (13,)
+    left, whole = mask[0].bool()[ids[0] == IMAGE], model.model.get_image_features
+
+    def features_left(*args, **more):
+        output = whole(*args, **more)
+        output.pooler_output = [output.pooler_output[0][left]]
+        return output
+
+    for policy in NAMED:
+        with torch.no_grad(), attach(model, make_selectors(policy=NAMED[policy]), 0.25):
+            got = model(ids, pixels, attention_mask=mask, position_ids=places).logits
+            model.model.get_image_features = features_left
+            alone = model(ids[:, mask[0].bool()], pixels).logits
+            del model.model.get_image_features
+        torch.testing.assert_close(got[0, -1], alone[0, -1], rtol=1e-4, atol=1e-4)
 
 
 HIDDEN = "says something else of the tokens in the KV cache"

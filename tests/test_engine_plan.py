@@ -58,7 +58,9 @@ def test_what_a_mask_says_of_the_tokens_before() -> None:
 
         def plan(before: Any, said: Any, now: Any, ids: Any = ids) -> Plan:
             mask = None if said is None else torch.cat([said, now], dim=1).long()
-            return make_plan(ids, torch.zeros_like(ids, dtype=torch.bool), mask, keep, before)
+            return make_plan(
+                ids, torch.zeros_like(ids, dtype=torch.bool), mask, keep, real_before=before
+            )
 
         for now in (words, padded):
             for before, said, other in (
@@ -94,7 +96,7 @@ def test_all_tensors_move_to_the_device_of_the_coming_layer() -> None:
     there = torch.device("meta")
     plan.move(there)
     tensors = {name: held for name, held in vars(plan).items() if isinstance(held, torch.Tensor)}
-    assert len(tensors) == 8
+    assert len(tensors) == 10
     assert {name for name, held in tensors.items() if held.device != there} == set()
     scene = plan.scene(tables)
     made = (scene.present(), scene.alone(), scene.order(), scene.fill(), scene.apart())

@@ -361,7 +361,8 @@ class Attachment:
                 "give every sample its turn, in the same order"
             )
         real_before = cache.layers[0].real if seen else None
-        plan = make_plan(input_ids, visual, mask, self._keep, real_before)
+        every = self._pieces.policy.every
+        plan = make_plan(input_ids, visual, mask, self._keep, every=every, real_before=real_before)
         if plan.remasks:
             remask(cache, None if mask is None else mask[:, :seen].bool())
         if plan.keep_counts and (placing := self._where()) != self._placing:

@@ -96,11 +96,39 @@ def _check_importance(scores: Any, plan: Plan) -> None:
     shape, device = plan.visual.shape, plan.visual.device
     if not isinstance(scores, Tensor):
         raise AlvtsError(f"a scorer gives a tensor, not a {type(scores).__name__}")
-    if scores.shape != shape or not scores.is_floating_point() or scores.device != device:
+    dense = scores.layout == torch.strided and scores.is_floating_point()
+    if scores.shape != shape or not dense or scores.device != device:
+        kind = f"{scores.layout} {scores.dtype}".replace("torch.strided ", "").replace("torch.", "")
         raise AlvtsError(
             f"a scorer gives floats {list(shape)} on {device}, as many as there are tokens, not "
-            f"{str(scores.dtype).removeprefix('torch.')} {list(scores.shape)} on {scores.device}"
+            f"{kind} {list(scores.shape)} on {scores.device}"
         )
+
+
+def _of_others(scores: Tensor, fill: Tensor, visual: Tensor, compares: bool) -> Tensor:
+    """Importance of a scorer that does not fill, as ranking wants it: in the same order, nan last.
+
+    Args:
+        scores: `[B, T]`, anything, of any float dtype.
+        fill: `Scene.fill`.
+        visual: bool `[B, T]`.
+        compares: see `Plan`: finite and not negative then.
+
+    Returns:
+        float32 `[B, T]`; where not visual `fill`, or 0 if `compares`.
+    """
+    scores = scores.float()
+    if not compares:
+        # Of two that are infinite, and of padding, none would be told from the other.
+        scores = scores.nan_to_num(nan=torch.finfo(scores.dtype).min)
+        return torch.where(visual, scores, fill)
+    finite = visual & scores.isfinite()
+    low = scores.masked_fill(~finite, torch.inf).amin(dim=1, keepdim=True)
+    high = scores.masked_fill(~finite, -torch.inf).amax(dim=1, keepdim=True)
+    # Those that are no numbers beside the others, lest these look alike.
+    scores = torch.where(finite, scores, torch.where(scores == torch.inf, high, low))
+    # From 0 on where some are negative; a sample without any number has 0.
+    return (scores - low.clamp(max=0)).nan_to_num(nan=0, neginf=0) * visual
 
 
 @dataclass(frozen=True)
@@ -129,10 +157,12 @@ class _Choice:
     """What was chosen, for the layers that go on with it.
 
     Attributes:
-        layer: that ranked.
+        layer: that ranked, the latest that did for any sample.
         scores: `[B, T]` to rank by; None where the layers run on text alone.
         states: `diversity.directions` of that layer, or None where tokens are not compared.
         importance: `[B, T]`, the scores before tokens were compared; None where nobody watches.
+        fresh: bool `[B, 1]`, False at samples that go on with an earlier layer's ranking; None
+            where none does.
         counts: `k` per sample that the rest is for.
         rows, layout: as `select` has them.
         members: whom those stand for; None where that is not asked.
@@ -145,6 +175,7 @@ class _Choice:
     scores: Tensor | None = None
     states: Tensor | None = None
     importance: Tensor | None = None
+    fresh: Tensor | None = None
     counts: tuple[int, ...] = ()
     rows: Tensor | None = None
     layout: Layout | None = None
@@ -264,7 +295,9 @@ class Forward:
         with self.phase("select"):
             chosen = gather_hidden(hidden, rows)
             if self._pieces.policy.pool and choice.layer == i and choice.members is not None:
-                chosen = pooled(chosen, hidden, choice.members, scene)
+                means = pooled(chosen, hidden, choice.members, scene)
+                fresh = choice.fresh
+                chosen = means if fresh is None else torch.where(fresh[..., None], means, chosen)
             called = self._call(layer, chosen, kwargs, choice, past)
             self._running = self._run(i, hidden, choice, ours)
         plan.normed = None
@@ -302,8 +335,7 @@ class Forward:
             return False
         if plan.keep_counts[after] != choice.counts:
             return False
-        every = self._pieces.policy.every
-        return choice is self._text or not every or after - choice.layer < every
+        return choice is self._text or not plan.ranks(after)
 
     def _call(
         self,
@@ -347,8 +379,8 @@ class Forward:
     def _decide(self, i: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> _Choice:
         """Score and select: the choice that layer `i` runs on, made or gone on with."""
         plan = self.plan
-        ranks = plan.ranks(i)
-        choice = self._choose(i, layer, hidden, kwargs) if ranks else self._text_alone(i)
+        keeps = any(plan.keep_counts[i])
+        choice = self._choose(i, layer, hidden, kwargs) if keeps else self._text_alone(i)
         if choice.counts != plan.keep_counts[i]:
             scene = plan.scene(kwargs[POSITIONS], kwargs.get("position_ids"))
             with self.phase("select"):
@@ -358,12 +390,17 @@ class Forward:
     def _choose(self, i: int, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> _Choice:
         """The choice that holds in layer `i`: a new one, or that of an earlier layer."""
         policy, plan = self._pieces.policy, self.plan
-        choice = self._choice
-        if choice is not None and not (policy.every and i - choice.layer >= policy.every):
-            assert choice.scores is not None, "those without are not kept here"
-            if choice.scores.device != hidden.device:
-                choice.move(hidden.device)
-            return choice
+        before = self._choice
+        if before is not None:
+            assert before.scores is not None, "those without are not kept here"
+            if before.scores.device != hidden.device:
+                before.move(hidden.device)
+        if not plan.ranks(i):
+            if before is None:
+                # Every sample keeps all of its tokens or none.
+                scene = plan.scene(kwargs[POSITIONS], kwargs.get("position_ids"))
+                return _Choice(i, scores=scene.fill())
+            return before
         # A layer that ranks only in need has none, see `make_plan`.
         selector = self._pieces.selectors[i] if policy.compares else None
         plan.compares = policy.quality is not None and selector is not None
@@ -378,12 +415,7 @@ class Forward:
             choice.importance = scores.masked_fill(~plan.visual, -torch.inf)
         with self.phase("select"):
             if not getattr(self._scorer, "fills", False):
-                # Of two that are infinite, and of padding, none would be told from the other.
-                scores = scores.nan_to_num(nan=torch.finfo(scores.dtype).min)
-                nothing = torch.zeros_like(scores)
-                scores = torch.where(
-                    plan.visual, scores, nothing if plan.compares else scene.fill()
-                )
+                scores = _of_others(scores, scene.fill(), plan.visual, plan.compares)
             if selector is not None:
                 normed = plan.normed
                 assert normed is not None
@@ -396,7 +428,19 @@ class Forward:
                 elif policy.quality is not None:
                     scores = diverse(scores, choice.states, policy.quality, scene)
         choice.scores = scores
+        # With 1 nobody goes on with a ranking.
+        if before is not None and policy.every != 1 and plan.goes_on(i):
+            self._mix(choice, before)
         return choice
+
+    def _mix(self, choice: _Choice, before: _Choice) -> None:
+        """Let samples that would not rank here without the others of their batch go on."""
+        choice.fresh = fresh = self.plan.due_tensor[choice.layer].bool()[:, None]
+        for name in ("scores", "importance", "states"):
+            new, old = getattr(choice, name), getattr(before, name)
+            if new is not None and old is not None:
+                by_sample = fresh if new.dim() == 2 else fresh[..., None]
+                setattr(choice, name, torch.where(by_sample, new, old))
 
     def _map_at_once(self, i: int) -> None:
         """One product for both low-rank maps of layer `i`, where both are wanted."""
@@ -447,7 +491,10 @@ class Forward:
         each = plan.keep_tensor[i] + plan.text_tensor if ragged else None
         made = make_layout(plan.text, each, max(lengths))
         empty = any(n > 0 == k for n, k in zip(plan.visual_counts, kept, strict=True))
-        layout = replace(made, empty=empty)
+        whole = None
+        if any(n == k > 0 for n, k in zip(plan.visual_counts, kept, strict=True)):
+            whole = plan.visual_tensor == plan.keep_tensor[i]
+        layout = replace(made, empty=empty, whole=whole)
         self._layouts.append((kept, layout))
         return layout
 

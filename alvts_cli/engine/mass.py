@@ -61,6 +61,12 @@ def find_members(
         columns = (rows % tokens)[:, None].expand(batch, tokens, -1)
         likeness = likeness.masked_fill(apart.gather(2, columns), 2 * far)
     best, nearest = likeness.max(dim=-1)
+    if layout.whole is not None:
+        # Of a sample that keeps all, each stands for itself, and none for those just like it: as if
+        # the sample were alone, where nothing is selected.
+        order = scene.order()[: rows.shape[1]].expand(rows.shape)
+        itself = nearest.scatter(1, rows % tokens, order)
+        nearest = torch.where(layout.whole[:, None], itself, nearest)
     there, counted = scene.visual, scene.present()
     if layout.empty or apart is not None:
         # Of an image without any kept token, none stands for the others.

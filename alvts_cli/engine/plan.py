@@ -1,6 +1,6 @@
 """What one forward of the model will do, known on the host before its first layer runs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,10 @@ class Plan:
         real: bool `[B, T]`, False at padding; None where none of the new tokens is.
         visual_counts, text_counts: per sample, `N` and `M`; empty for a single token.
         keep_counts: `[layer][sample]`, `k`; empty when there is no visual token.
-        keep_tensor: the same as int64 `[L, B]`, on the device of the masks.
-        text_tensor: `M` as int64 `[B]`, likewise; empty for a single token.
+        due: `[layer][sample]`: whether the layer ranks the sample's visual tokens; the others go on
+            with an earlier ranking, or need none. Empty likewise.
+        keep_tensor, due_tensor: both as int64 `[L, B]`, on the device of the masks.
+        visual_tensor, text_tensor: `N` and `M` as int64 `[B]`, likewise; empty for a single token.
         asking_index, asking_valid: `[B, M']`, `scoring.asking` as `positions_of` has it, the
             second None where nothing is filled; empty when there is no visual token.
         images: int64 `[B, T]`: of every token, how many images have begun in its sample. Visual
@@ -45,7 +47,10 @@ class Plan:
     visual_counts: tuple[int, ...]
     text_counts: tuple[int, ...]
     keep_counts: tuple[tuple[int, ...], ...]
+    due: tuple[tuple[bool, ...], ...]
     keep_tensor: Tensor
+    due_tensor: Tensor
+    visual_tensor: Tensor
     text_tensor: Tensor
     asking_index: Tensor
     asking_valid: Tensor | None
@@ -61,8 +66,15 @@ class Plan:
         return bool(self.keep_counts) and self.keep_counts[layer] != self.visual_counts
 
     def ranks(self, layer: int) -> bool:
-        """Whether a selecting layer has to rank tokens, that is, keeps any."""
-        return any(self.keep_counts[layer])
+        """Whether a selecting layer has to rank the tokens of any sample."""
+        return any(self.due[layer])
+
+    def goes_on(self, layer: int) -> bool:
+        """Whether some sample was ranked before, and is not again in this layer that ranks."""
+        due = self.due[layer]
+        return any(
+            not now and any(each[b] for each in self.due[:layer]) for b, now in enumerate(due)
+        )
 
     def lengths(self, layer: int) -> tuple[int, ...]:
         """Tokens of each sample that run through a selecting layer."""
@@ -78,6 +90,8 @@ class Plan:
             "text",
             "real",
             "keep_tensor",
+            "due_tensor",
+            "visual_tensor",
             "text_tensor",
             "asking_index",
             "asking_valid",
@@ -110,9 +124,11 @@ def read_ids(call: Mapping[str, Any]) -> Tensor:
     """`input_ids` `[B, T]` from a call of the backbone, its arguments by their names.
 
     Raises:
-        AlvtsError: there are none.
+        AlvtsError: there are none, or they are no tensor.
     """
-    input_ids: Tensor | None = call.get("input_ids")
+    input_ids = call.get("input_ids")
+    if input_ids is not None and not isinstance(input_ids, Tensor):
+        raise AlvtsError(f"the input_ids are a tensor, not a {type(input_ids).__name__}")
     if input_ids is None:
         raise AlvtsError(
             "alvts finds the visual tokens in input_ids; pass input_ids, not inputs_embeds alone"
@@ -159,6 +175,8 @@ def make_plan(
     visual: Tensor,
     attention_mask: Tensor | None,
     keep: Keep,
+    *,
+    every: int = 1,
     real_before: Tensor | None = None,
 ) -> Plan:
     """Plan a forward. Waits for the device once; for single tokens only where there is a mask, and
@@ -173,6 +191,7 @@ def make_plan(
         visual: bool `[B, T]`, True at visual tokens.
         attention_mask: `[B, S]`, the last `T` columns being the new tokens; or None.
         keep: one value per layer.
+        every: see `policy.Policy`.
         real_before: bool `[B, S - T]`, False at padding among the tokens that the KV cache has
             seen; None where all are real.
     """
@@ -191,16 +210,33 @@ def make_plan(
                 padding = None if bool(real.all()) else real
                 text = real
         return Plan(
-            tokens, nothing, text, padding, (), (), (), none, none, none, None, none, False, remasks
+            tokens=tokens,
+            visual=nothing,
+            text=text,
+            real=padding,
+            visual_counts=(),
+            text_counts=(),
+            keep_counts=(),
+            due=(),
+            keep_tensor=none,
+            due_tensor=none,
+            visual_tensor=none,
+            text_tensor=none,
+            asking_index=none,
+            asking_valid=None,
+            images=none,
+            several=False,
+            remasks=remasks,
         )
     real = torch.ones_like(visual)
     if attention_mask is not None:
         # A copy, for the KV cache remembers it, and a mask may be written to.
         real = attention_mask[:, -tokens:].to(visual.device, torch.bool, copy=True)
-    visual, text = visual & real, real & ~visual
-    rows = asking(visual, text)
+    # Of all visual tokens: an image does not fall apart where the mask hides some of it.
     begins = visual.clone()
     begins[:, 1:] &= ~visual[:, :-1]
+    visual, text = visual & real, real & ~visual
+    rows = asking(visual, text)
     masks = (visual, text, rows, begins)
     counts = torch.stack(masks).sum(dim=2)
     read = counts if same is None else torch.cat([counts, same.all(dim=1)[None]])
@@ -218,22 +254,55 @@ def make_plan(
         index, filled = positions_of(rows, max(asked))
         valid = None if min(asked) == max(asked) else filled
         images = begins.cumsum(dim=1)
+    due = due_layers(keep_counts, visual_counts, every)
+    # On its way in one go.
+    table = torch.tensor([keep_counts, due], dtype=torch.int64, device=visual.device)
     return Plan(
-        tokens,
-        visual,
-        text,
-        real if any(n + m < tokens for n, m in samples) else None,
-        tuple(visual_counts),
-        tuple(text_counts),
-        keep_counts,
-        torch.tensor(keep_counts, dtype=torch.int64, device=visual.device),
-        counts[1],
-        index,
-        valid,
-        images,
-        max(begun) > 1,
-        remasks or not all(map(all, unchanged)),
+        tokens=tokens,
+        visual=visual,
+        text=text,
+        real=real if any(n + m < tokens for n, m in samples) else None,
+        visual_counts=tuple(visual_counts),
+        text_counts=tuple(text_counts),
+        keep_counts=keep_counts,
+        due=due,
+        keep_tensor=table[0],
+        due_tensor=table[1],
+        visual_tensor=counts[0],
+        text_tensor=counts[1],
+        asking_index=index,
+        asking_valid=valid,
+        images=images,
+        several=max(begun) > 1,
+        remasks=remasks or not all(map(all, unchanged)),
     )
+
+
+def due_layers(
+    keep_counts: Sequence[Sequence[int]], visual_counts: Sequence[int], every: int
+) -> tuple[tuple[bool, ...], ...]:
+    """Where each sample's tokens are ranked, `[layer][sample]`: in the layers that they would be in
+    without the others of its batch.
+
+    That is where some but not all are kept, for the first time, and then again from `every` layers
+    behind on; with 0 never again.
+
+    Args:
+        keep_counts: `[layer][sample]`, `k`.
+        visual_counts: per sample, `N`.
+        every: see `policy.Policy`.
+    """
+    ranked: list[int | None] = [None] * len(visual_counts)
+    found = []
+    for i, kept in enumerate(keep_counts):
+        row = []
+        for b, (k, n) in enumerate(zip(kept, visual_counts, strict=True)):
+            last = ranked[b]
+            now = 0 < k < n and (last is None or (every > 0 and i - last >= every))
+            ranked[b] = i if now else last
+            row.append(now)
+        found.append(tuple(row))
+    return tuple(found)
 
 
 def _same_before(

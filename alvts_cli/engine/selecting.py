@@ -21,6 +21,7 @@ class Layout:
         drop: `[B or 1, length or 1]`, taken from them afterwards: what is left are rows, see
             `merging`; or None.
         empty: whether a sample keeps none of its visual tokens.
+        whole: bool `[B]`, True at samples that keep all of theirs; None where none does.
     """
 
     length: int
@@ -29,6 +30,7 @@ class Layout:
     lift: Tensor | None
     drop: Tensor | None
     empty: bool = False
+    whole: Tensor | None = None
 
 
 def make_layout(among: Tensor, lengths: Tensor | None, length: int) -> Layout:
