@@ -24,14 +24,13 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from .engine.attaching import check_whole
 from .engine.carry import Carry
 from .engine.paper import PaperSelector
 from .engine.placing import Selector
 from .engine.policy import Picked
 from .engine.scoring import LayerSelector
 from .errors import AlvtsError
-from .families import family_of
+from .families import check_whole, family_of
 from .families.layer import is_quantised, parts_of
 from .files import make_folder, open_regular, write_whole
 from .header import FORMAT, VALUES, CalibrationRecord, take_header

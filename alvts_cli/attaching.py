@@ -7,8 +7,8 @@ from typing import Any
 from .artifact import Artifact
 from .engine import Attachment, Keep, Policy, Selectors
 from .engine.attaching import attach as attach_selectors
-from .engine.attaching import check_whole
 from .engine.keep import KeepArgument
+from .families import check_whole
 
 
 def attach(

@@ -5,10 +5,9 @@ from typing import Any, TypeVar
 
 from alvts_cli.data import Reader, Sample
 from alvts_cli.engine import is_attached
-from alvts_cli.engine.attaching import check_whole
 from alvts_cli.engine.probe import check_layers
 from alvts_cli.errors import AlvtsError
-from alvts_cli.families import Family, family_of
+from alvts_cli.families import Family, check_whole, family_of
 
 T = TypeVar("T")
 

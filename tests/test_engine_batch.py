@@ -1,5 +1,7 @@
 """A left-padded batch gives every sample what it gets alone."""
 
+import copy
+
 import pytest
 import torch
 from tiny import CACHE, FAMILIES, IMAGE, Prompt, make_inputs, make_model, make_selectors, one_image
@@ -286,7 +288,7 @@ def test_an_image_of_which_some_is_masked_is_one_image():
         torch.testing.assert_close(got[0, -1], alone[0, -1], rtol=1e-4, atol=1e-4)
 
 
-HIDDEN = "says something else of the tokens in the KV cache"
+HIDDEN = "says something else of a picture's turn in the KV cache"
 
 
 @pytest.mark.parametrize("keep", [0.25, [1.0, 1.0, 0.5, 0]], ids=["ratio", "schedule"])
@@ -311,16 +313,81 @@ def test_a_mask_says_the_same_of_what_is_cached(new, keep):
         # Nothing was cached of what was refused.
         whole = torch.cat([mask, more], 1)
         said = going_on(model(ids, attention_mask=whole, **said))
-        # Of what came behind, too, and of samples in another order.
+        # Of what came behind it is obeyed, and samples come in another order.
         cache = next(iter(said.values()))
         cache.reorder_cache(torch.tensor([1, 0]))
         with pytest.raises(AlvtsError, match=HIDDEN):
             model(ids, attention_mask=torch.cat([whole, more], 1), **said)
         model(ids, attention_mask=torch.cat([whole.flip(0), more], 1), **said)
-        fewer = more.clone()
-        fewer[0, 0] = 0
-        with pytest.raises(AlvtsError, match=HIDDEN):
-            model(ids, attention_mask=torch.cat([whole.flip(0), fewer, more], 1), **said)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("policy", NAMED)
+def test_words_behind_a_picture_may_be_hidden_later_and_shown_again(policy, attn):
+    """As `generate` does by itself with a cache of its own, where a sample ended before others:
+    its padding was decoded like words."""
+    model = make_model("llava", attn)
+    pair = make_inputs(model, *prompts("llava")[:2])
+    words = torch.tensor([[20, 21, 22], [30, 31, 32]])
+    last = torch.tensor([[23], [33]])
+    before = pair["attention_mask"]
+    length = before.shape[1]
+    shown = torch.ones_like(words)
+    hidden = torch.tensor([[1, 0, 0], [1, 1, 1]])
+
+    def turns(*masks):
+        """The words one at a time, then once more, and the last one, each under its mask."""
+        said = going_on(model(**pair, use_cache=True))
+        for i, mask in enumerate(masks):
+            token = words[:, i : i + 1] if i < 3 else last
+            whole = torch.cat([before, mask[:, : i + 1]], 1)
+            places = torch.full((2, 1), length + i)
+            answer = model(token, attention_mask=whole, position_ids=places, **said)
+        return answer.logits
+
+    def padded(mask):
+        return torch.cat([mask, torch.ones_like(last)], 1)
+
+    with torch.no_grad(), attach(model, make_selectors(policy=NAMED[policy]), 0.25):
+        expected = turns(*[padded(hidden)] * 4)
+        for masks in (
+            [padded(shown)] * 3 + [padded(hidden)],
+            [padded(hidden)] * 2 + [padded(shown), padded(hidden)],
+        ):
+            got = turns(*masks)
+            torch.testing.assert_close(got[1], expected[1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got[0], expected[0], rtol=1e-4, atol=1e-4)
+        other = turns(*[padded(shown)] * 4)
+        assert (other[0] - expected[0]).abs().max() > 0.01
+
+
+def test_a_second_turn_by_generate_alone():
+    """Which makes the mask out of the padding that it finds."""
+    model = make_model("llava")
+    pair = make_inputs(model, *prompts("llava")[:2])
+    how = dict(do_sample=False, return_dict_in_generate=True, pad_token_id=0)
+    new = torch.tensor([[40, 41], [42, 43]])
+    with torch.no_grad(), attach(model, make_selectors(), 0.25):
+        said = model.generate(**pair, max_new_tokens=6, **how)
+        ended = said.sequences[0, -4].item()
+        said = model.generate(**pair, max_new_tokens=6, eos_token_id=ended, **how)
+        assert (said.sequences[0, -3:] == 0).all() and said.sequences[1, -1] != 0
+        ids = torch.cat([said.sequences, new], 1)
+        again = model.generate(ids, max_new_tokens=3, **{CACHE: cache_of(said)}, **how)
+    assert again.sequences.shape[1] == ids.shape[1] + 3
+
+
+def test_a_mask_that_was_refused_leaves_nothing_behind():
+    model = make_model("llava")
+    ids, right = torch.tensor([[5, 6]]), torch.ones(1, 6)
+    with torch.no_grad():
+        cache = cache_of(model(torch.tensor([[1, 7, 8, 9]]), use_cache=True))
+        expected = model(ids, attention_mask=right, **{CACHE: copy.deepcopy(cache)}).logits
+        with attach(model, make_selectors(), 0.25):
+            for wrong in (torch.tensor([[0, 1]]), torch.zeros(2, 6)):
+                with pytest.raises(AlvtsError, match="but the input_ids are 1 x 2 behind 4"):
+                    model(ids, attention_mask=wrong, **{CACHE: cache})
+            assert torch.equal(model(ids, attention_mask=right, **{CACHE: cache}).logits, expected)
 
 
 @pytest.mark.parametrize("first", ["attached", "dense"])

@@ -14,6 +14,9 @@ from alvts_cli.engine import (
     prefill_flops,
     prepare_cache,
 )
+from alvts_cli.engine.cache import (
+    remask,
+)
 
 
 @pytest.fixture
@@ -96,7 +99,9 @@ def test_what_a_plain_cache_holds_is_taken_over(padded):
         cache.update(states(3), states(3), i)
     held = [(layer.keys, layer.values) for layer in cache.layers]
     real = [[not padded, True, True], [True] * 3]
-    prepare_cache(cache, LAYERS, torch.tensor([[*row, True] for row in real]).long())
+    prepare_cache(cache, LAYERS)
+    if padded:
+        remask(cache, torch.tensor(real).long())
     assert len(cache.layers) == LAYERS and cache.layers[-1].seen == 0
     for layer, (keys, values) in zip(cache.layers, held, strict=False):
         assert layer.keys is keys and layer.values is values

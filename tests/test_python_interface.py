@@ -7,6 +7,7 @@ import pickle
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache
 
 from alvts_cli import AlvtsError, attach
-from alvts_cli.engine import NAMED, Keep, attach_scorer, cache_of
+from alvts_cli.engine import NAMED, Keep, Pieces, Policy, attach_scorer, cache_of, make_pieces
 from alvts_cli.engine.calls import going_on
 
 FAMILY = "qwen2_5_vl"
@@ -240,12 +241,157 @@ def test_words_are_kept_whatever_a_scorer_says(value):
             assert seen == (first[3:6] if takes_finite else first[:3])
 
 
+COMPARED = [name for name, policy in NAMED.items() if policy.compares]
+SCORES = {
+    "logs": lambda scores: scores.log(),
+    "cosines": lambda scores: 2 * scores - 1,
+    "negative": lambda scores: scores - 1e30,
+    "float64": lambda scores: scores.double() - 3,
+}
+
+
+@pytest.mark.parametrize("policy", COMPARED)
+@pytest.mark.parametrize("change", SCORES.values(), ids=SCORES)
+def test_scores_of_any_sign_may_be_compared(change, policy):
+    """They go through a power, which a negative number has none of: words were dropped."""
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava", 1), one_image("llava", 2))
+    pieces = make_pieces(model, make_selectors(policy=NAMED[policy]), NAMED[policy])
+    torch.manual_seed(0)
+    scores = change(torch.rand(inputs["input_ids"].shape))
+    for value in (None, torch.nan, torch.inf, -torch.inf):
+        told, given = [], scores.clone()
+        if value is not None:
+            given[:, 4:20] = value
+        with torch.no_grad(), attach_scorer(model, Says(given), 4, pieces) as attachment:
+            attachment.watch = told.append
+            assert bool(model(**inputs).logits.isfinite().all())
+        visual = inputs["input_ids"] == IMAGE
+        for one in told:
+            assert one.valid is None
+            assert visual.gather(1, one.index).sum(dim=1).tolist() == [4, 4]
+
+
 def test_what_is_no_scorer_is_named():
     model = make_model("llava")
-    with pytest.raises(AlvtsError, match=r"a scorer has a method importance.*NoneType has none"):
-        attach_scorer(model, None, 0.3)
-    with pytest.raises(AlvtsError, match="pieces come from make_pieces, not a str"):
-        attach_scorer(model, Says(None), 0.3, "carry")
+    for none, name in ((None, "NoneType"), (Says, "Says"), (len, "len")):
+        with pytest.raises(AlvtsError, match=f"an object with a method importance, not {name}"):
+            attach_scorer(model, none, 0.3)
+
+
+def made_pieces(policy="each", **more):
+    return make_pieces(make_model("llava", **more), make_selectors(policy=NAMED[policy]), policy)
+
+
+PIECES = {
+    "text": (lambda: "carry", "pieces come from make_pieces, not a str"),
+    "of text": (lambda: Pieces("once"), "pieces come from make_pieces"),
+    "without tensors": (lambda: Pieces(Policy(quality=0.3)), "hold 0 selectors for 4 layers"),
+    "without updates": (lambda: Pieces(Policy(carry=True)), "hold 0 carries for 4 layers"),
+    "of another model": (
+        lambda: replace(made_pieces(), selectors=made_pieces().selectors[:3]),
+        "hold 3 selectors for 4 layers",
+    ),
+    "of another dtype": (
+        lambda: made_pieces(dtype=torch.bfloat16),
+        "another dtype, or is on",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "why"), PIECES.values(), ids=PIECES)
+def test_pieces_are_of_this_model(make, why):
+    model = make_model("llava")
+    with pytest.raises(AlvtsError, match=why) as error:
+        attach_scorer(model, Says(None), 0.3, make())
+    assert "\n" not in str(error.value)
+    inputs = make_inputs(model, one_image("llava"))
+    scores = torch.rand(inputs["input_ids"].shape)
+    with torch.no_grad(), attach_scorer(model, Says(scores), 0.3, made_pieces()):
+        model(**inputs)
+        model.to(torch.float64)
+        with pytest.raises(AlvtsError, match="detach, and make them again with make_pieces"):
+            model(**inputs)
+
+
+def test_pieces_are_made_of_selectors_for_a_whole_model():
+    model, selectors = make_model("llava"), make_selectors(policy=NAMED["each"])
+    made = make_pieces(model, selectors, "once")
+    assert made.policy == NAMED["once"] and len(made.selectors) == LAYERS
+    for given, why in (
+        ((model.model, selectors, "once"), "not to a part of it"),
+        ((model, None, "once"), "not a NoneType"),
+        ((model, make_selectors(layers=3), "once"), "for 3 layers but the model has 4"),
+        ((model, selectors, "twice"), "unknown policy 'twice'"),
+    ):
+        with pytest.raises(AlvtsError, match=why):
+            make_pieces(*given)
+
+
+@pytest.mark.parametrize("when", ["fewer", "otherwise", "fresh", "config"])
+def test_layers_that_change_while_attached_are_refused(when):
+    model = make_model("llava")
+    inputs, decoder = make_inputs(model, one_image("llava")), model.model.language_model
+    layers = decoder.layers
+    with torch.no_grad():
+        dense = model(**inputs).logits
+        with attach(model, make_selectors(), 0.3, policy="once"):
+            if when == "fewer":
+                decoder.layers = layers[:2]
+            elif when == "otherwise":
+                decoder.layers = nn.ModuleList([layers[0], layers[2], layers[1], layers[3]])
+            elif when == "fresh":
+                new = make_model("llava").model.language_model.layers[1]
+                decoder.layers = nn.ModuleList([layers[0], new, layers[2], layers[3]])
+            else:
+                decoder.config.num_hidden_layers = 2
+            with pytest.raises(AlvtsError, match="are not those that alvts was attached to"):
+                model(**inputs)
+            decoder.layers, decoder.config.num_hidden_layers = layers, LAYERS
+            model(**inputs)
+        assert torch.equal(model(**inputs).logits, dense)
+
+
+@pytest.mark.parametrize("policy", ["paper", "once"])
+@pytest.mark.parametrize("name", ["flex_attention", "paged|eager", "flash_attention_2"])
+def test_another_attention_kernel_while_attached(name, policy):
+    """Flex attention crashed the whole process where the kernel is to weigh tokens."""
+    model = make_model("llava")
+    inputs, config = make_inputs(model, one_image("llava")), model.model.language_model.config
+    with torch.no_grad(), attach(model, make_selectors(policy=NAMED[policy]), 0.3):
+        if name.startswith("flash") and policy == "paper":
+            return
+        config._attn_implementation_internal = name
+        with pytest.raises(AlvtsError, match="load the model with sdpa"):
+            model(**inputs)
+        config._attn_implementation_internal = "eager"
+        model(**inputs)
+
+
+@pytest.mark.parametrize("image", [True, False])
+def test_an_interrupted_turn_is_not_waited_for(image):
+    model = make_model("llava")
+    inputs = make_inputs(model, one_image("llava"))
+    word, text = torch.tensor([[5]]), torch.tensor([[1, 7, 8, 9]])
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        cache, expected = DynamicCache(), DynamicCache()
+        for each in (cache, expected):
+            model(text, **{CACHE: each})
+        with attach(model, make_selectors(), 0.25):
+            handle = model.model.language_model.layers[0].self_attn.register_forward_pre_hook(stop)
+            turn = inputs if image else {"input_ids": text}
+            turn = {name: turn[name] for name in turn if name != "attention_mask"}
+            with pytest.raises(KeyboardInterrupt):
+                model(**turn, **{CACHE: cache})
+            handle.remove()
+        for _ in range(2):
+            got = model(word, **{CACHE: cache}).logits
+            assert torch.equal(got, model(word, **{CACHE: expected}).logits)
+        assert {layer.get_seq_length() for layer in cache.layers} == {6}
 
 
 def test_layers_of_two_models_and_layers_that_stand_twice():
@@ -273,6 +419,26 @@ def test_an_attachment_that_has_ended_keeps_no_model_alive():
     assert [one() for one in gone] == [None, None]
     assert attachment.last.kept == ((4,) * 1,) * LAYERS
     attachment.detach()
+
+
+def test_ids_are_a_tensor():
+    model = make_model("llava")
+    why = pytest.raises(AlvtsError, match="the input_ids are a tensor, not a list")
+    with attach(model, make_selectors(), 0.3), why:
+        model([[1, 2]])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bogus": 1}, {"fullgraph": False}, {"mode": "nonsense"}, {"backend": "nonsense"}],
+    ids=str,
+)
+def test_options_that_torch_compile_does_not_take(options):
+    model = make_model("llava")
+    with pytest.raises(AlvtsError, match=r"torch.compile does not take compile=") as error:
+        attach(model, make_selectors(), 0.3, compile=options)
+    assert "\n" not in str(error.value)
+    attach(model, make_selectors(), 0.3).detach()
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (1, 0), (4,)])

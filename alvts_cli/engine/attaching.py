@@ -3,16 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from ..errors import AlvtsError
-from ..families import family_of
+from ..families import check_whole, family_of
 from ..families.layer import parts_of
 from .attachment import Attachment, Compile
 from .compiling import keep_in_place
 from .forward import Pieces, Scorer
 from .keep import Keep, KeepArgument, check_length, resolve_keep
-from .placing import Selectors, make_pieces, make_scorer, place_selectors
+from .placing import (
+    Selectors,
+    check_pieces,
+    check_selectors,
+    make_pieces,
+    make_scorer,
+    place_selectors,
+)
 from .policy import NAMED, Policy, parse_policy, policy_for
 from .scoring import LayerSelector
 
@@ -48,19 +53,10 @@ def attach(
             someone else.
     """
     check_whole(model)
-    if not hasattr(selectors, "layers"):
-        raise AlvtsError(
-            "selectors are an Artifact, or the name of a file or of a repository with one, not a "
-            f"{type(selectors).__name__}; see `alvts calibrate`"
-        )
     if not isinstance(compile, bool | Mapping):
         raise AlvtsError(f"compile is True, False or options of torch.compile, not {compile!r}")
     layers: Any = family_of(model).layers(model)
-    if len(selectors.layers) != len(layers):
-        raise AlvtsError(
-            f"the selectors are for {len(selectors.layers)} layers but the model has "
-            f"{len(layers)}; use selectors fitted for this model"
-        )
+    check_selectors(selectors, layers)
     resolved = keep_of(selectors, keep)
     for i, selector in enumerate(selectors.layers):
         if selector is None and resolved.chooses(i):
@@ -99,28 +95,6 @@ def attach(
     return Attachment(model, place, resolved, compile)
 
 
-def check_whole(model: Any) -> None:
-    """Refuse anything but a model as transformers makes it.
-
-    Raises:
-        AlvtsError: not a loaded model, an unknown architecture, a part of a model or a wrapper
-            around one.
-    """
-    if not isinstance(model, nn.Module):
-        raise AlvtsError(
-            f"a model as from_pretrained gives it is wanted here, not a {type(model).__name__}"
-        )
-    family = family_of(model)
-    try:
-        family.backbone(model), family.layers(model)
-    except AttributeError:
-        raise AlvtsError(
-            "alvts attaches to a model as from_pretrained gives it, not to a part of it or to a "
-            f"wrapper around it such as {type(model).__name__}; pass what is inside, of PEFT "
-            "model.get_base_model()"
-        ) from None
-
-
 def policy_of(selectors: Selectors, keep: Keep) -> Policy:
     """What calibration picked for the layer average of `keep`. A number of tokens is a share of
     those that a calibration sample has."""
@@ -143,17 +117,19 @@ def attach_scorer(
     model: Any, scorer: Scorer, keep: KeepArgument | Keep, pieces: Pieces | None = None
 ) -> "Attachment":
     """`attach` for any other way of ranking tokens; the same errors. `pieces` come from
-    `make_pieces`; without them what is skipped is left alone."""
+    `make_pieces`, for the model as it is; without them what is skipped is left alone."""
     check_whole(model)
-    if not callable(getattr(scorer, "importance", None)):
-        raise AlvtsError(
-            f"a scorer has a method importance, see engine.Scorer; {type(scorer).__name__} has none"
-        )
-    if not isinstance(pieces, Pieces | None):
-        raise AlvtsError(f"pieces come from make_pieces, not a {type(pieces).__name__}")
+    if isinstance(scorer, type) or not callable(getattr(scorer, "importance", None)):
+        name = getattr(scorer, "__name__", type(scorer).__name__)
+        raise AlvtsError(f"a scorer is an object with a method importance, not {name}")
     layers: Any = family_of(model).layers(model)
     if not isinstance(keep, Keep):
         keep = resolve_keep(keep, len(layers))
     check_length(keep, len(layers))
-    made = scorer, pieces or Pieces()
-    return Attachment(model, lambda: made, keep)
+    made = Pieces() if pieces is None else pieces
+
+    def place() -> tuple[Scorer, Pieces]:
+        check_pieces(made, layers)
+        return scorer, made
+
+    return Attachment(model, place, keep)

@@ -31,12 +31,18 @@ from .calls import (
 from .compiling import check_not_compiled, compile_decoder, usual_options, with_forward
 from .forward import Forward, Pieces, Scorer, Watch, no_phase
 from .keep import Keep
-from .masks import mask_style
+from .masks import check_bias, mask_style
 from .plan import Plan, make_plan, read_inputs
 from .policy import PAPER, Policy
 from .probe import check_layers
 
 _attached: WeakSet[nn.Module] = WeakSet()
+
+
+_CHANGED = (
+    "the decoder's layers are not those that alvts was attached to; change them before attach, or "
+    "after detach"
+)
 
 
 Compile = bool | Mapping[str, Any]
@@ -162,7 +168,7 @@ class Attachment:
         self.watch: Watch | None = None
         # torch.compile loses what is written to a state of a thread.
         self._state = _StateOfThread() if compile is False else _State()
-        self._layers: Any = layers
+        self._layers: Any = tuple(layers)
         self._num_layers = len(layers)
         self._adds_behind = family.adds_behind(model.config)
         self._place: Any = place
@@ -296,6 +302,9 @@ class Attachment:
                 self._check_attached()
                 raise
             finally:
+                # Where it was interrupted, a layer still waits for what was to come.
+                for layer in () if self._state.cache is None else self._state.cache.layers:
+                    layer.forget()
                 vars(self._state).update(outer)
 
         return run
@@ -311,11 +320,14 @@ class Attachment:
     def _check_ran(self) -> None:
         """Refuse the result of a forward that did not go through the hooks on its layers."""
         self._check_attached()
-        if self._state.forward is None or not self._state.forward.began:
+        reached = 0 if self._state.forward is None else self._state.forward.reached
+        if reached == 0:
             raise AlvtsError(
                 "the layers ran without alvts' hooks, as in a graph of torch.compile; attach to a "
                 "model of which no part is compiled by itself, with compile=True"
             )
+        if reached < self._num_layers:
+            raise AlvtsError(_CHANGED)
 
     def _remember_padding(self) -> None:
         """With the KV cache, so that a later mask can be compared with it."""
@@ -344,6 +356,13 @@ class Attachment:
         # Since `attach`, maybe; there what the hooks share is lost.
         check_not_compiled(self._backbone, [self._family.text_model(self._model)])
         check_checkpointing(self._layers[0])
+        if tuple(self._family.layers(self._model)) != self._layers:
+            raise AlvtsError(_CHANGED)
+        # It may be set anew at any time.
+        implementation = self._config._attn_implementation
+        mask_style(implementation)
+        if self._pieces.policy.mass:
+            check_bias(implementation)
 
     def _before_model(self, call: Mapping[str, Any]) -> None:
         self._check_way()
@@ -351,7 +370,7 @@ class Attachment:
         # the cache is the cause.
         cache = cache_of(call)
         if cache is not None:
-            prepare_cache(cache, self._num_layers, call.get("attention_mask"))
+            prepare_cache(cache, self._num_layers)
         seen = 0 if cache is None else cache.get_seq_length()
         input_ids, mask = read_inputs(call, seen)
         visual = self._family.visual_mask(self._model, input_ids)
@@ -364,7 +383,7 @@ class Attachment:
         every = self._pieces.policy.every
         plan = make_plan(input_ids, visual, mask, self._keep, every=every, real_before=real_before)
         if plan.remasks:
-            remask(cache, None if mask is None else mask[:, :seen].bool())
+            remask(cache, None if mask is None else mask[:, :seen])
         if plan.keep_counts and (placing := self._where()) != self._placing:
             self._scorer, self._pieces = self._placed()
             self._placing = placing

@@ -24,6 +24,8 @@ class SelectiveLayer(DynamicLayer):
         bias: `[B, slots]`, what the logits of each slot get, in the dtype of the keys; None for
             nothing.
         plain: True while it holds everything it has seen, slot for slot.
+        skipped: tokens seen at the end of the latest turn of which it skipped some: all that came
+            behind it holds, slot for slot; 0 if `plain`.
         real: bool `[B, seen]`, of every token seen, False at padding; None when all are real. Of
             the first layer of a cache alone: it is the same for all.
     """
@@ -36,6 +38,7 @@ class SelectiveLayer(DynamicLayer):
         self.valid: Tensor | None = None
         self.bias: Tensor | None = None
         self.plain = True
+        self.skipped = 0
         self.real: Tensor | None = None
         self._expected: tuple[int, Tensor | None, Tensor | None, bool] | None = None
 
@@ -109,7 +112,13 @@ class SelectiveLayer(DynamicLayer):
         self._expected = None
         self.seen += seen
         self.plain = self.plain and plain
+        if not plain:
+            self.skipped = self.seen
         return super().update(key_states, value_states, *args, **kwargs)
+
+    def forget(self) -> None:
+        """Expect nothing any more: the forward that said what comes has ended."""
+        self._expected = None
 
     def remember(self, tokens: int, real: Tensor | None) -> None:
         """Add to `real` that of the latest `tokens`, which `update` has counted: `[B, tokens]`, or
@@ -129,7 +138,7 @@ class SelectiveLayer(DynamicLayer):
         self.keys = self.values = None
         self.is_initialized = False
         self.seen, self.valid, self.bias, self.plain, self._expected = 0, None, None, True, None
-        self.real = None
+        self.skipped, self.real = 0, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Follow the beams."""
@@ -173,14 +182,13 @@ def _joined(old: Tensor | None, before: int, real: Tensor | None, new: int) -> T
     return torch.cat([old, real.to(old.device)], dim=1)
 
 
-def prepare_cache(cache: Any, num_layers: int, attention_mask: Any = None) -> None:
-    """Turn the layers of a dynamic cache into `SelectiveLayer`s, in place; no-op if they are.
+def prepare_cache(cache: Any, num_layers: int) -> None:
+    """Turn the layers of a dynamic cache into `SelectiveLayer`s, in place; no-op if they are. What
+    a filled one holds is taken for real, see `remask`.
 
     Args:
         cache: a `DynamicCache`, empty or filled by plain use, made with or without a config.
         num_layers: layers of the decoder.
-        attention_mask: `[B, >= tokens in the cache]`, for the padding a filled cache may hold;
-            anything else tells nothing.
 
     Raises:
         AlvtsError: another kind of cache.
@@ -192,41 +200,42 @@ def prepare_cache(cache: Any, num_layers: int, attention_mask: Any = None) -> No
             f"alvts needs the dynamic KV cache, not {type(cache).__name__}; "
             "drop cache_implementation, or pass a DynamicCache of this model"
         )
-    filled = []
     for i, layer in enumerate(cache.layers):
         if not isinstance(layer, SelectiveLayer):
-            cache.layers[i] = selective = SelectiveLayer.holding(layer)
-            if selective.seen > 0:
-                filled.append(selective)
+            cache.layers[i] = SelectiveLayer.holding(layer)
     # A cache made without a config creates its layers at the first update: too late for us.
     while len(cache.layers) < num_layers:
         cache.layers.append(SelectiveLayer())
-    if filled and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-        held = attention_mask[:, : filled[0].slots].bool()
-        # Waits for the device, once in the life of a cache that was filled by someone else.
-        if not bool(held.all()):
-            remask(cache, held)
 
 
-def remask(cache: Any, real: Tensor | None) -> None:
-    """Let a new mask say which of the cached tokens are padding.
+def remask(cache: Any, mask: Tensor | None) -> None:
+    """Let a new mask say which of the cached tokens are padding. Waits for the device.
 
     Args:
-        cache: of `SelectiveLayer`s.
-        real: bool `[B, seen]`, False at padding; None where all are real.
+        cache: of `SelectiveLayer`s, the first of which knows what was said before.
+        mask: `[B, seen]`, 0 at padding; None where all are real.
 
     Raises:
-        AlvtsError: the layers lack tokens, each others, so that it could not be obeyed.
+        AlvtsError: it says otherwise of a turn of which some was skipped, in every layer something
+            else, so that it could not be obeyed.
     """
-    if not all(layer.plain for layer in cache.layers):
+    first = cache.layers[0]
+    before = first.keys.new_ones(len(first.keys), first.seen, dtype=torch.bool)
+    before = before if first.real is None else first.real
+    # A copy: the mask may be written to.
+    real = (
+        torch.ones_like(before) if mask is None else mask.to(before.device, torch.bool, copy=True)
+    )
+    until = max(layer.skipped for layer in cache.layers)
+    if not torch.equal(real[:, :until], before[:, :until]):
         raise AlvtsError(
-            "this attention_mask, or its absence, says something else of the tokens in the KV "
-            "cache than when they were cached; give each call the mask of all tokens so far, with "
+            "this attention_mask, or its absence, says something else of a picture's turn in the "
+            "KV cache than when it was cached; give each call the mask of all tokens so far, with "
             "the same padding, or begin with a new cache"
         )
-    # A copy: it may be part of a mask that is written to.
-    real = None if real is None else real.clone()
     for layer in cache.layers:
         if layer.slots:
-            layer.valid = None if real is None else real.to(layer.device)
-    cache.layers[0].real = real
+            behind = real[:, until:].to(layer.keys.device)
+            old = behind.new_ones(len(behind), layer.slots) if layer.valid is None else layer.valid
+            layer.valid = torch.cat([old[:, : layer.slots - behind.shape[1]], behind], dim=1)
+    first.real = real

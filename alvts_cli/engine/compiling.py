@@ -82,6 +82,9 @@ def compile_decoder(
 
     Returns:
         Puts the model's own forward back.
+
+    Raises:
+        AlvtsError: options that `torch.compile` does not take.
     """
     # Takes a second or more to import, and is wanted here alone.
     from torch._dynamo.exc import FailOnRecompileLimitHit
@@ -99,7 +102,12 @@ def compile_decoder(
         fresh = types.FunctionType(
             run.__code__.replace(), run.__globals__, run.__name__, None, run.__closure__
         )
-        graph: Callable[..., Any] = torch.compile(fresh, fullgraph=True, **options)
+        try:
+            graph: Callable[..., Any] = torch.compile(fresh, fullgraph=True, **options)
+        # Whatever torch raises for a name or a value that it does not know.
+        except Exception as error:
+            why = str(error).strip().partition("\n")[0]
+            raise AlvtsError(f"torch.compile does not take compile={options}: {why}") from error
         return graph
 
     without = _without_graphs(options)

@@ -221,7 +221,7 @@ class Forward:
         phase: entered around the parts of a selecting layer, see `Attachment.phase`.
         stays: the coming layer is handed the selection, `[B, K, D]`, as the layer before it left
             it, and not all tokens.
-        began: a layer was reached.
+        reached: layers so far.
     """
 
     def __init__(
@@ -252,7 +252,7 @@ class Forward:
         self._layouts: list[tuple[tuple[int, ...], Layout]] = []
         self._masks: list[tuple[Layout, Tensor | None]] = []
         self.stays = False
-        self.began = False
+        self.reached = 0
         self._running: _Running | None = None
 
     def before(
@@ -276,7 +276,7 @@ class Forward:
             ours: whether `hidden` may be written to.
         """
         plan = self.plan
-        self.began = True
+        self.reached = i + 1
         if self.stays:
             assert self._running is not None
             self._running.layer = i

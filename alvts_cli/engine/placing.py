@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import AlvtsError
-from ..families import family_of
+from ..families import check_whole, family_of
 from ..families.layer import norm_weight, parts_of
 from ..families.placing import where
 from .carry import Carry
@@ -17,7 +17,7 @@ from .keep import Schedules
 from .masks import check_bias
 from .normed import fused, unfolded
 from .paper import PaperSelector
-from .policy import Picked, Policy
+from .policy import Picked, Policy, parse_policy
 from .scorer import SelectorScorer
 from .scoring import LayerSelector
 
@@ -40,6 +40,51 @@ class Selectors(Protocol):
     def picked(self) -> Sequence[Picked]: ...
     @property
     def visual_tokens(self) -> int: ...
+
+
+def check_selectors(selectors: Any, layers: Any) -> None:
+    """Refuse what are no selectors, or some for another number of layers.
+
+    Raises:
+        AlvtsError: they are.
+    """
+    if not hasattr(selectors, "layers"):
+        raise AlvtsError(
+            "selectors are an Artifact, or the name of a file or of a repository with one, not a "
+            f"{type(selectors).__name__}; see `alvts calibrate`"
+        )
+    if len(selectors.layers) != len(layers):
+        raise AlvtsError(
+            f"the selectors are for {len(selectors.layers)} layers but the model has "
+            f"{len(layers)}; use selectors fitted for this model"
+        )
+
+
+def check_pieces(pieces: Any, layers: Any) -> None:
+    """Refuse pieces that `make_pieces` did not make for these layers as they are now.
+
+    Raises:
+        AlvtsError: of another kind, for other layers, or in another place or precision.
+    """
+    if not isinstance(pieces, Pieces) or not isinstance(pieces.policy, Policy):
+        raise AlvtsError(f"pieces come from make_pieces, not a {type(pieces).__name__}")
+    wanted = {
+        "selectors": (pieces.selectors, pieces.policy.compares),
+        "carries": (pieces.carries, pieces.policy.carry),
+    }
+    for name, (found, needed) in wanted.items():
+        if len(found) != (len(layers) if needed else 0):
+            raise AlvtsError(
+                f"the pieces hold {len(found)} {name} for {len(layers)} layers under the policy "
+                f"{pieces.policy}; make them with make_pieces for this model"
+            )
+        for one, layer in zip(found, layers, strict=False):
+            place = where(layer.input_layernorm)
+            if one is not None and (one.down.device, one.down.dtype) != place:
+                raise AlvtsError(
+                    "the model has another dtype, or is on another device, than when its pieces "
+                    "were made; detach, and make them again with make_pieces"
+                )
 
 
 def place_selectors(selectors: Sequence[Selector | None], layers: Any) -> Sequence[Selector | None]:
@@ -85,17 +130,21 @@ def make_scorer(placed: Sequence[Selector | None], layers: Any) -> SelectorScore
 def make_pieces(
     model: Any,
     selectors: Selectors,
-    policy: Policy,
+    policy: Policy | str,
     placed: Sequence[Selector | None] | None = None,
 ) -> Pieces:
     """The tensors that `policy` needs, each where its layer of `model` is; `placed` are the
     selectors where they are already.
 
     Raises:
-        AlvtsError: the selectors do not hold them, or the attention kernel cannot weigh tokens.
+        AlvtsError: a part of a model, selectors of another one, an unknown policy, selectors that
+            do not hold what it needs, or an attention kernel that cannot weigh tokens.
     """
+    check_whole(model)
     family = family_of(model)
     layers: Any = family.layers(model)
+    check_selectors(selectors, layers)
+    policy = parse_policy(policy) if isinstance(policy, str) else policy
     text_model: Any = family.text_model(model)
     norms = [layer.input_layernorm for layer in layers]
     if policy.mass:
