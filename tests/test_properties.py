@@ -275,12 +275,16 @@ class _Case:
     """A batch and what is done with it.
 
     Attributes:
+        family: of the model. In LLaVA-NeXT pictures differ in tokens, and some of them are alike.
+        schedules: that the selectors have.
         first, later: the turns of words before and behind the prompts: how many each sample has, 0
             where it has no such turn.
     """
 
+    family: str
     prompts: tuple[Prompt, ...]
     keep: Any
+    schedules: tuple[tuple[float, ...], ...]
     policy: Policy
     first: tuple[tuple[int, ...], ...]
     later: tuple[tuple[int, ...], ...]
@@ -288,32 +292,39 @@ class _Case:
 
 @st.composite
 def _cases(draw: Any) -> _Case:
-    size = one_image("llava").images[0]
+    family = draw(st.sampled_from(["llava", "llava_next"]))
+    sizes = [(32, 32), (16, 32)] if family == "llava_next" else [one_image("llava").images[0]]
 
     def prompt() -> Prompt:
+        images = draw(st.lists(st.sampled_from(sizes), max_size=2))
+        if images and draw(st.integers(0, 9)) == 0:
+            return Prompt([], images, at=0)
         length = draw(st.integers(2, 8))
         at = draw(st.integers(1, length))
-        images = draw(st.integers(0, 2))
         text = [draw(st.integers(5, 80)) for _ in range(length)]
-        return Prompt([1, *text], [size] * images, at=at, seed=draw(st.integers(0, 99)))
+        return Prompt([1, *text], images, at=at, seed=draw(st.integers(0, 99)))
 
     prompts = tuple(prompt() for _ in range(draw(st.integers(1, 3))))
     keep = draw(
         st.floats(0.05, 1.0)
-        | st.integers(1, 20)
-        | st.lists(st.sampled_from([0, 0.1, 0.4, 1.0, 2]), min_size=LAYERS, max_size=LAYERS)
+        | st.sampled_from([1, 5, 20, 60])
+        | st.lists(st.sampled_from([0, 0.1, 0.4, 1.0, 2, 20, 60]), min_size=LAYERS, max_size=LAYERS)
     )
+    ratio = st.sampled_from([0.0, 0.02, 0.1, 0.5, 0.99])
+    one = st.lists(ratio, min_size=LAYERS, max_size=LAYERS).filter(any).map(tuple)
+    schedules = draw(st.just(()) | one.map(lambda ratios: (ratios,)))
     policy = Policy(
         every=draw(st.integers(0, 3)),
         quality=draw(st.sampled_from([None, 0.3, 1.0])),
         mass=draw(st.booleans()),
+        pool=draw(st.booleans()),
     )
     samples = len(prompts)
     # Often one token or none: what a single token is told of is another path.
     number = st.sampled_from([0, 1, 1, 2, 3])
     lengths = st.lists(number, min_size=samples, max_size=samples).filter(any).map(tuple)
     first, later = (tuple(draw(st.lists(lengths, max_size=most))) for most in (1, 3))
-    return _Case(prompts, keep, policy, first, later)
+    return _Case(family, prompts, keep, schedules, policy, first, later)
 
 
 def _words(number: int, length: int) -> list[int]:
@@ -324,7 +335,8 @@ def _told(model: Any, case: _Case) -> list[torch.Tensor]:
     """The logits `[B, V]` of the last token after every turn, the prompts' among them. All turns
     are left-padded; positions count what is real."""
     prompts = make_inputs(model, *case.prompts)
-    pixels = {name: prompts.pop(name) for name in ("pixel_values",) if name in prompts}
+    words = ("input_ids", "attention_mask")
+    pixels = {name: prompts.pop(name) for name in list(prompts) if name not in words}
     batch = len(case.prompts)
     mask = prompts["input_ids"].new_zeros(batch, 0)
     told, before = [], {}
@@ -369,7 +381,8 @@ def _alone(model: Any, case: _Case, i: int) -> list[torch.Tensor | None]:
 
 @given(_cases())
 def test_a_ragged_batch_is_its_samples(case: _Case) -> None:
-    model, selectors = make_model("llava"), make_selectors("llava")
+    model = make_model(case.family)
+    selectors = make_selectors(case.family, schedules=case.schedules)
     if not any(case.keep) if isinstance(case.keep, list) else False:
         return
     with torch.no_grad(), attach(model, selectors, case.keep, policy=case.policy):
@@ -382,7 +395,8 @@ def test_a_ragged_batch_is_its_samples(case: _Case) -> None:
 
 @given(_cases(), st.integers(2, 3))
 def test_beams_of_a_ragged_batch_are_its_samples(case: _Case, beams: int) -> None:
-    model, selectors = make_model("llava"), make_selectors("llava")
+    model = make_model(case.family)
+    selectors = make_selectors(case.family, schedules=case.schedules)
     if not any(case.keep) if isinstance(case.keep, list) else False:
         return
     how = {"max_new_tokens": 3, "num_beams": beams, "do_sample": False, "pad_token_id": 0}
