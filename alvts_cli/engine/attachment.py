@@ -100,10 +100,11 @@ class Attachment:
     """The hooks of one model. Made by `attach`; ends with the `with` block or by `detach()`.
 
     A KV cache filled while attached belongs to the attached model: it lacks the tokens that each
-    layer skipped. From then on it stays in sight: a later attention_mask that hides some of it is
-    refused. Several threads may call the model at once, but not a compiled one. After
-    `model.to(...)` the selectors follow. A forward pre-hook of yours on a layer is given all tokens
-    if it was there before, and what the layer runs on if it came later.
+    layer skipped. Up to the end of the latest turn with a picture, a later attention_mask has to
+    say what was said before; what came behind it may be hidden. Several threads may call the model
+    at once, but not a compiled one. After `model.to(...)` the selectors follow. A forward pre-hook
+    of yours on a layer is given all tokens if it was there before, and what the layer runs on if it
+    came later.
 
     Tokens are ranked by the text that comes in the same forward. So a prompt in pieces
     (`prefill_chunk_size`, or a question that was cached in front of its picture) keeps others than
