@@ -116,7 +116,7 @@ def check_writable(
         AlvtsError: it will not, or it is one of those that are read.
     """
     for one in read:
-        if one is not None and _is_same(path, one):
+        if one is not None and is_same(path, one):
             raise AlvtsError(f"cannot write {path}: it is read by this command; name another file")
     target = path if path == STDOUT else _target(path)
     try:
@@ -185,7 +185,7 @@ def is_stdout(path: Path) -> bool:
         return False
 
 
-def _is_same(path: Path, other: Path | str) -> bool:
+def is_same(path: Path, other: Path | str) -> bool:
     """Whether both are one regular file."""
     try:
         return path.is_file() and path.samefile(other)

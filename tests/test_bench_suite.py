@@ -176,7 +176,7 @@ def test_the_plan_stands_beside_what_is_measured(quick, tmp_path):
     path = tmp_path / "a.json"
     result = alvts(
         *("bench", "--model", model_folder(), "--runs", 1, "--against-plan", "--json", path),
-        *("--gate", "plan_error>=0"),
+        *("--gate", "plan_error<=1e9"),
     )
     assert result.exit_code == 0, result.output
     assert "predicted / measured" in " ".join(result.stdout.split())

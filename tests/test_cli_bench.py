@@ -146,7 +146,7 @@ def test_the_limit_is_the_prefill_of_text_and_layer_average():
         assert alvts(*bench("--keep", "1.0,0.25,0.25,0")).exit_code == 0
     # (256 + 2 * 64 + 0) / 4 of the image; a round of warm-up, and a timed one.
     assert seen == [64 + 96] * 2
-    gates = ("prefill_speedup_limit>0", "short_ms>0")
+    gates = ("prefill_speedup_limit>0.001", "short_ms>1e-9")
     result = alvts(*bench(*(word for gate in gates for word in ("--gate", gate))))
     assert result.exit_code == 0, result.output
 
@@ -236,17 +236,20 @@ def test_gates_that_hold():
 
 
 def test_a_gate_that_fails_says_which_and_by_how_much(tmp_path):
-    more = ("--gate", "kv_ratio>=3", "--gate", "kv_bytes>0", "--json", tmp_path / "a.json")
+    more = ("--gate", "kv_ratio>=3", "--gate", "kv_bytes>1", "--json", tmp_path / "a.json")
     result = alvts(*bench(*more))
     assert result.exit_code == 1
     assert "gate failed: kv_ratio>=3, measured 2.5, off by 0.5" in result.stdout
-    assert "gate passed: kv_bytes>0" in result.stdout
+    assert "gate passed: kv_bytes>1" in result.stdout
     assert (tmp_path / "a.json").is_file()
 
 
 @pytest.mark.parametrize(
     "gate",
-    ["speed>=2", "prefill_speedup", "prefill_speedup=>2", "kv_ratio>=nan", "kv_ratio>=x", ""],
+    [
+        *("speed>=2", "prefill_speedup", "prefill_speedup=>2", "kv_ratio>=nan", "kv_ratio>=x", ""),
+        *("kv_ratio>0", "prefill_speedup>=-1"),
+    ],
 )
 def test_a_gate_without_sense_is_refused_before_anything_is_loaded(gate):
     line = refused("bench", "--model", "/nowhere", "--gate", gate, code=2)
@@ -256,10 +259,21 @@ def test_a_gate_without_sense_is_refused_before_anything_is_loaded(gate):
 
 def test_a_baseline_of_the_same_run_is_no_regression(tmp_path):
     measured(tmp_path / "a.json")
-    more = ("--baseline", tmp_path / "a.json", "--max-regression", "500%")
+    more = ("--baseline", tmp_path / "a.json", "--max-regression", "99%")
     result = alvts(*bench(*more))
     assert result.exit_code == 0, result.output
     assert "no regression" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["a.json", "./a.json", "link.json"])
+def test_a_baseline_is_not_renewed_by_the_run_it_is_to_judge(name, tmp_path, monkeypatch):
+    """A second run would be compared with the worse one."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.json").write_text(report_text())
+    Path("link.json").symlink_to("a.json")
+    line = refused("bench", "--model", "/nowhere", "--baseline", "a.json", "--json", name, code=2)
+    assert "--json" in line and "beside it" in line
+    assert Path("a.json").read_text() == report_text()
 
 
 def test_a_regression_says_which_and_by_how_much(tmp_path):
@@ -340,6 +354,7 @@ def test_a_baseline_that_no_run_could_fail_is_refused_first(change, tmp_path):
         ("--max-regression", "10%"),
         ("--max-regression", "much", "--baseline", "x"),
         ("--max-regression", "-1", "--baseline", "x"),
+        ("--max-regression", "10", "--baseline", "x"),
         ("--image", "x.png"),
         ("--prompt", "x"),
         ("--image", "x.png", "--prompt", "x", "--visual-tokens", 5),

@@ -89,9 +89,42 @@ def test_a_gate_compares(text, value, holds):
     assert gate.check({gate.metric: value})[0] is holds
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("kv_ratio>0", "kv_ratio>=0", "prefill_speedup>=-1", "host_syncs>=0", "host_syncs>-1"),
+        *("scoring_share<=1", "scoring_share<5", "plan_error>=0"),
+    ],
+)
+def test_a_gate_that_cannot_fail_is_refused(text):
+    with pytest.raises(AlvtsError, match="can never fail: the figure is"):
+        parse_gate(text)
+
+
+@pytest.mark.parametrize(
+    "text", ["kv_ratio<=0", "kv_ratio==0", "host_syncs<0", "host_syncs==-1", "scoring_share>1"]
+)
+def test_a_gate_that_cannot_hold_is_refused(text):
+    with pytest.raises(AlvtsError, match="can never hold: the figure is"):
+        parse_gate(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("host_syncs==0", "host_syncs<=0", "launches_going_on==0", "launches_going_on>=-3"),
+        *("scoring_share==1", "scoring_share<1", "efficiency>=0", "plan_error>0"),
+    ],
+)
+def test_a_gate_at_the_end_of_a_range(text):
+    assert str(parse_gate(text)) == text
+
+
 def test_shares():
     assert parse_share("10%") == parse_share("0.1") == 0.1
-    for text in ("", "%", "-1%", "nan", "inf"):
+    assert parse_share("0") == 0 and parse_share("99.9%") < 1
+    # The bare 10 of somebody who means percent would let everything pass.
+    for text in ("", "%", "-1%", "nan", "inf", "10", "1", "100%", "500%"):
         with pytest.raises(AlvtsError):
             parse_share(text)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -19,9 +20,10 @@ from alvts_cli.evaluate import run as run_module
 from alvts_cli.evaluate import times
 from alvts_cli.evaluate.data import DataSet, read_data
 from alvts_cli.evaluate.figures import summarise
+from alvts_cli.evaluate.gates import parse_gate
 from alvts_cli.evaluate.run import DENSE, Outcome, Plan, Run, evaluate
 from alvts_cli.evaluate.store import Store
-from alvts_cli.evaluate.table import by_kind, figures_by_name, to_json, to_table
+from alvts_cli.evaluate.table import blind, by_kind, check_gate, figures_by_name, to_json, to_table
 from alvts_cli.methods import make_method
 from alvts_cli.methods.random import Random
 from alvts_cli.models import load_model
@@ -272,6 +274,49 @@ def test_figures_by_hand(loaded):
     assert plain["samples"][0]["said"]["dart@2"]["right"] is True
 
 
+def gated(loaded, text, samples=8, **answers):
+    """A gate on alvts, of as many questions; what is said is right where it is None."""
+    items = read_data(Source("pocket"), 8, 0).items[:samples]
+    said = {"dense": None, "blind": "wrong", "alvts": None, **answers}
+    kept = {"alvts": ((2, 4),)}
+    method, budget = text.partition("@")[0], text.partition("@")[2].partition(".")[0]
+    results = [
+        {
+            name if name in ("dense", "blind") else f"{name}@{budget}": outcome(
+                item.answers[0] if answer is None else answer,
+                kept=kept.get(name, ((8, 4),)) if budget != "9" else ((8, 4),),
+            )
+            for name, answer in said.items()
+        }
+        for item in items
+    ]
+    data, config = DataSet("hand", items, "exact", 4), loaded.model.config.text_config
+    summary = summarise(data, results, [Run(method, budget)], 0, config, 4)
+    return summary, *check_gate(parse_gate(text, [method], [budget], False), summary)
+
+
+@pytest.mark.parametrize("figure", ["retention>=97", "difference_low>=-60", "agreement>=90"])
+def test_a_gate_against_a_model_that_sees_nothing_fails(figure, loaded):
+    """Whatever is left out of what is not seen, the answers stay."""
+    summary, holds, line = gated(loaded, f"alvts@2.{figure}")
+    assert summary.sees and blind(summary) == ""
+    assert holds, line
+    summary, holds, line = gated(loaded, f"alvts@2.{figure}", blind=None)
+    assert not summary.sees and "dense (100.0 %) is not surely better" in blind(summary)
+    assert not holds and line == f"gate failed: alvts@2.{figure}, {blind(summary)}"
+    # What it costs does not depend on it.
+    assert gated(loaded, "alvts@2.tokens<=2", blind=None)[1]
+    # One question says nothing, however it is answered.
+    assert not gated(loaded, f"alvts@2.{figure}", samples=1)[1]
+
+
+def test_a_gate_where_everything_is_kept_fails(loaded):
+    summary, holds, line = gated(loaded, "alvts@9.retention>=97")
+    assert summary.rows[0].all_kept and not holds
+    assert line.startswith("gate failed: alvts@9.retention>=97, everything is kept there")
+    assert gated(loaded, "alvts@9.tokens>=8")[1]
+
+
 def test_chance_is_the_commonest_answer_of_each_kind(loaded):
     data = read_data(Source("pocket"), 70, 0)
     results = [{"dense": outcome("x"), "blind": outcome("x")} for _ in data.items]
@@ -381,7 +426,8 @@ def test_a_failed_gate_says_by_how_much():
     result = alvts(*COMMAND, *SMALL, "--gate", "alvts@64.tokens<=60")
     assert result.exit_code == 1
     assert "gate failed: alvts@64.tokens<=60, measured 64, off by 4" in result.stdout
-    assert result.stderr == ""
+    # It is not trained.
+    assert re.fullmatch("warning: pocket: on these 7 questions dense .*\n", result.stderr)
 
 
 @pytest.mark.parametrize(
@@ -394,6 +440,7 @@ def test_a_failed_gate_says_by_how_much():
         (("--scoring", "kind"), "unknown scoring"),
         (("--gate", "alvts@64.speed>1"), "unknown figure"),
         (("--gate", "vtw@64.retention>1"), "leaves out"),
+        (("--gate", "alvts@64.retention>=0.97"), "in percent: write alvts@64.retention>=97"),
         (("--samples", "0"), "--samples"),
     ],
 )
@@ -483,9 +530,9 @@ def test_prefills_are_timed_in_turns(loaded, monkeypatch):
 def test_the_command_times_what_it_compares(tmp_path, monkeypatch):
     monkeypatch.setattr(times, "ROUNDS", 2)
     file = tmp_path / "out.json"
-    line = refused(*COMMAND, *SMALL, "--gate", "alvts@64.prefill_speedup>0", code=2)
+    line = refused(*COMMAND, *SMALL, "--gate", "alvts@64.prefill_speedup>0.001", code=2)
     assert "needs --time" in line
-    gate = ("--gate", "alvts@64.prefill_speedup>0")
+    gate = ("--gate", "alvts@64.prefill_speedup>0.001")
     result = alvts(*COMMAND, *SMALL, "--time", "--json", file, *gate)
     assert result.exit_code == 0, result.output
     assert "prefill (95 %)" in result.stdout and "gate passed" in result.stdout

@@ -114,8 +114,8 @@ def test_a_budget_has_one_name_however_it_is_written(texts, name, value):
     for text in texts:
         found = read_budget(text)
         assert (found, type(found[1])) == ((name, value), type(value))
-        gate = parse_gate(f"alvts@{text.strip()}.retention>=97", ["alvts"], [name], False)
-        assert gate.metric == f"alvts@{name}.retention"
+        gate = parse_gate(f"alvts@{text.strip()}.accuracy>=97", ["alvts"], [name], False)
+        assert gate.metric == f"alvts@{name}.accuracy"
 
 
 @pytest.mark.parametrize(
@@ -132,13 +132,37 @@ def test_a_budget_has_one_name_however_it_is_written(texts, name, value):
         ("alvts@64.speed>=97", "unknown figure 'speed'"),
         ("alvts@64.kl<=small", "not a number"),
         ("alvts@64.kl<=nan", "not a number"),
+        ("alvts@64.retention>=0.97", "in percent: write alvts@64.retention>=97"),
+        ("alvts@64.flops<=1", "in percent: write alvts@64.flops<=100"),
+        ("alvts@64.retention>=-5", "can never fail: the figure is at least 0"),
+        ("alvts@64.retention>=0", "can never fail"),
+        ("alvts@64.accuracy<=100", "can never fail: the figure is at least 0 and at most 100"),
+        ("alvts@64.accuracy>100", "can never hold"),
+        ("alvts@64.kl>=0", "can never fail"),
+        ("alvts@64.kl<0", "can never hold"),
+        ("alvts@64.difference>=-100", "can never fail"),
+        ("alvts@64.over_alvts>=0", "over itself"),
+        ("alvts@1.0.retention>=97", "everything is kept"),
+        ("alvts@1.0.kl<=0.1", "everything is kept"),
     ],
 )
 def test_bad_gates(text, word):
     with pytest.raises(AlvtsError) as caught:
-        parse_gate(text, ["dense", "alvts"], ["64"], False)
+        parse_gate(text, ["dense", "alvts"], ["64", "1.0"], False)
     assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("alvts@64.difference>=-0.5", "alvts@64.difference>=1", "alvts@64.kl<=0.5"),
+        *("alvts@1.0.accuracy>=90", "alvts@1.retention>=97", "alvts@64.retention>=100"),
+        *("alvts@64.accuracy==100", "alvts@64.tokens==64"),
+    ],
+)
+def test_gates_that_say_something(text):
+    assert str(parse_gate(text, ["alvts"], ["64", "1", "1.0"], False)) == text
 
 
 def test_a_gate_over_alvts_needs_alvts():
@@ -167,8 +191,26 @@ def test_pairing_narrows_a_ratio():
     assert paired.high < 1 and paired.low > 0.91
     unpaired = bootstrap.ratio(np.random.default_rng(1).permutation(method), dense)
     assert unpaired.high > 1.05
+    # That none of 200 is lost does not say that none ever will be.
     same = bootstrap.ratio(dense, dense)
-    assert (same.low, same.value, same.high) == (1, 1, 1)
+    assert same.low == pytest.approx(0.025 ** (1 / 200)) and same.value == 1 < same.high < 1.02
+
+
+def test_samples_that_are_all_the_same_are_no_certainty():
+    """As Clopper and Pearson have it; the wider, the fewer."""
+    for samples, least in ((1, 0.025), (10, 0.6915), (350, 0.9895)):
+        bootstrap, all_right = Bootstrap(samples, 0), np.ones(samples)
+        right, kept = bootstrap.mean(all_right), bootstrap.ratio(all_right, all_right)
+        assert (right.low, right.high) == (pytest.approx(least, abs=1e-4), 1)
+        assert (kept.low, kept.high) == (right.low, 1)
+        wrong = bootstrap.mean(1 - all_right)
+        assert (wrong.low, wrong.high) == (0, pytest.approx(1 - least, abs=1e-4))
+    difference = Bootstrap(10, 0).mean(np.zeros(10), least=-1)
+    assert difference.low == -difference.high == pytest.approx(-0.3085, abs=1e-4)
+    # One wrong answer of ten, and it is the resamples that say it.
+    one_wrong = np.array([0.0, *[1.0] * 9])
+    varied = Bootstrap(10, 0).mean(one_wrong)
+    assert (varied.low, varied.high) == (0.7, 1)
 
 
 def test_same_seed_same_interval():
@@ -180,8 +222,6 @@ def test_same_seed_same_interval():
 def test_a_ratio_to_nothing_is_not_defined():
     interval = Bootstrap(3, 0).ratio(np.ones(3), np.zeros(3))
     assert math.isnan(interval.value) and math.isnan(interval.low)
-    one = Bootstrap(1, 0).mean(np.ones(1))
-    assert (one.low, one.value, one.high) == (1, 1, 1)
 
 
 @pytest.mark.parametrize(

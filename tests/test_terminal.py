@@ -110,7 +110,7 @@ def test_the_name_of_a_picture_and_a_prompt(name: str, tmp_path: Path) -> None:
 def test_json_on_standard_output_is_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     asked = ("--methods", "random", "--keep", "0.5", "--samples", "7", "--json", "-")
-    gate = ("--gate", "random@0.5.accuracy>=0")
+    gate = ("--gate", "random@0.5.tokens>=1")
     result = alvts("eval", "--model", model_folder(), *asked, *gate)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["format"] == 1

@@ -166,7 +166,7 @@ def bench(
 
         print(read_table(table), end="")
         return
-    read = (*(image or ()), *(answers or ()), selectors)
+    read = (*(image or ()), *(answers or ()), selectors, baseline)
     check_plots(plot, earlier, read)
     if plot is None:
         refuse(context, ("--answers",), "only with --plot")
@@ -212,11 +212,17 @@ def bench(
     from ..bench.subject import Wanted, loaded_subject, random_subject
     from ..bench.suite import Size, entries, run_suite
     from ..engine import parse_policy
-    from ..files import check_writable, is_stdout, write_whole
+    from ..files import check_writable, is_same, is_stdout, write_whole
     from ..terminal import console, say
 
     if policy is not None:
         parse_policy(policy)
+    if baseline is not None and json_file is not None and is_same(json_file, baseline):
+        raise typer.BadParameter(
+            "it is the --baseline, which a regressed run would replace by itself; write the new "
+            "report beside it, and move it there when it is wanted",
+            param_hint="--json",
+        )
     before = None if baseline is None else read_baseline(baseline)
     if json_file is not None:
         check_writable(json_file, read=read)

@@ -45,7 +45,8 @@ if TYPE_CHECKING:
 EPILOG = (
     "Example: `alvts eval --methods dense,alvts,fastv --keep 64,32 --samples 140 --gate "
     '"alvts@64.retention>=97"`\n\n'
-    f"{SPREAD.format('eval')}\n\n{table('figure', 'what it is', FIGURES)}"
+    f"{SPREAD.format('eval')}\n\n"
+    + table("figure", "what it is", {name: figure.about for name, figure in FIGURES.items()})
 )
 
 
@@ -156,8 +157,8 @@ def evaluate(
     from ..data import Source
     from ..evaluate.data import read_data
     from ..evaluate.figures import summarise
+    from ..evaluate.table import blind, check_gate, to_json, to_table
     from ..evaluate.table import by_kind as kind_table
-    from ..evaluate.table import figures_by_name, to_json, to_table
     from ..families import family_of
     from ..files import check_writable, is_stdout, write_whole
     from ..models import load_model
@@ -197,8 +198,10 @@ def evaluate(
         if by_kind:
             tables.print(kind_table(summary))
         written.append((to_json(summary, questions, results, by_kind), store))
+        if warning := blind(summary):
+            words.print(f"warning: {questions.name}: {warning}", highlight=False)
         for condition in gates:
-            holds, line = condition.check(figures_by_name(summary))
+            holds, line = check_gate(condition, summary)
             lines.append(f"{questions.name}: {line}")
             passed = passed and holds
     print_skipped(words, [line for one in sets for line in one.skipped])

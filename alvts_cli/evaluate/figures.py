@@ -41,23 +41,27 @@ class Row:
         kept: visual tokens by layer, `(count, layers)`, of the first sample.
         figures: every name of `gates.FIGURES`; nan where not defined.
         kinds: accuracy in percent per kind of question.
+        all_kept: whether every layer keeps all visual tokens of every sample.
     """
 
     run: Run
     kept: tuple[tuple[int, int], ...]
     figures: dict[str, float]
     kinds: dict[str, float]
+    all_kept: bool
 
 
 @dataclass(frozen=True)
 class Summary:
-    """All figures of a data set; `kinds` are the heads of each kind of question."""
+    """All figures of a data set; `kinds` are the heads of each kind of question, and `sees` says
+    whether the dense model is right more often than blind, beyond chance."""
 
     name: str
     scoring: str
     visual_tokens: float
     kv_bytes: float
     head: Head
+    sees: bool
     kinds: dict[str, Head]
     rows: tuple[Row, ...]
 
@@ -91,6 +95,7 @@ def summarise(
                 results[0][run.label].kept,
                 table.figures(run, alvts.get(run.budget)),
                 {kind: 100 * table.right(run.label)[table.of(kind)].mean() for kind in kinds},
+                bool((table.tokens(run.label) == table.tokens(DENSE)).all()),
             )
         )
     everything = np.ones(len(results), dtype=bool)
@@ -101,6 +106,7 @@ def summarise(
         visual_tokens=table.tokens(DENSE).mean(),
         kv_bytes=kv_bytes_expected(text_config, [slots], bytes_per_value) / len(results),
         head=table.head(everything),
+        sees=table.sees(),
         kinds={kind: table.head(table.of(kind)) for kind in kinds},
         rows=tuple(rows),
     )
@@ -142,17 +148,25 @@ class _Table:
             100 * commonest / among.sum(),
         )
 
+    def sees(self) -> bool:
+        """Whether the pictures help the dense model: the 95 % interval of dense minus blind is
+        above 0."""
+        return self._bootstrap.mean(self.right(DENSE) - self.right(BLIND), least=-1).low > 0
+
     def figures(self, run: Run, alvts: Run | None) -> dict[str, float]:
         """Every name of `gates.FIGURES`."""
         label, bootstrap = run.label, self._bootstrap
         right, dense = self.right(label), self.right(DENSE)
-        undefined = Interval(float("nan"), float("nan"), float("nan"))
+        if alvts is None:
+            over = Interval(math.nan, math.nan, math.nan)
+        elif alvts == run:
+            over = Interval(0, 0, 0)
+        else:
+            over = bootstrap.mean(right - self.right(alvts.label), least=-1)
         intervals = {
             "retention": bootstrap.ratio(right, dense),
-            "difference": bootstrap.mean(right - dense),
-            "over_alvts": undefined
-            if alvts is None
-            else bootstrap.mean(right - self.right(alvts.label)),
+            "difference": bootstrap.mean(right - dense, least=-1),
+            "over_alvts": over,
         }
         column = [(one[label], one[DENSE]) for one in self._results]
         figures = {

@@ -10,9 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from ..bench.report import megabytes
+from ..gates import Gate
 from .data import DataSet
 from .figures import Head, Row, Summary
-from .gates import FIGURES
+from .gates import ALL_KEPT, FIGURES
 from .run import Outcomes
 from .scoring import SCORINGS
 
@@ -179,6 +180,28 @@ def figures_by_name(summary: Summary) -> Mapping[str, float]:
         for row in summary.rows
         for name, value in row.figures.items()
     }
+
+
+def blind(summary: Summary) -> str:
+    """A line on a model that does not see its pictures; empty if it does."""
+    if summary.sees:
+        return ""
+    head = summary.head
+    return (
+        f"on these {head.samples} questions dense ({head.dense:.1f} %) is not surely better than "
+        f"blind ({head.blind:.1f} %): what compares with dense says nothing"
+    )
+
+
+def check_gate(gate: Gate, summary: Summary) -> tuple[bool, str]:
+    """Whether it holds, and a line that says so; as `Gate.check`, but what compares with dense
+    holds only where that says something."""
+    label, _, figure = gate.metric.rpartition(".")
+    (row,) = (row for row in summary.rows if row.run.label == label)
+    nothing = ALL_KEPT if row.all_kept else blind(summary)
+    if FIGURES[figure].of_dense and nothing:
+        return False, f"gate failed: {gate}, {nothing}"
+    return gate.check(figures_by_name(summary))
 
 
 def _defined(value: float) -> float | None:
