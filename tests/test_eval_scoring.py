@@ -29,6 +29,9 @@ from alvts_cli.evaluate.scoring import choice, exact, normalise, phrases, suitab
         ("an", "an"),
         ("", ""),
         ("10:30", "10:30"),
+        (" - ", "-"),
+        ("?", "?"),
+        ("the.", "the"),
     ],
 )
 def test_normalise(text, expected):
@@ -40,6 +43,14 @@ def test_exact_takes_any_of_the_answers():
     assert exact("two", ["three", "2"])
     assert not exact("two dogs", ["two"])
     assert not exact("", ["red"])
+
+
+@pytest.mark.parametrize("right", ["-", "?", "...", "()", ""])
+def test_nothing_is_no_answer(right):
+    """To that of punctuation alone neither, which says something."""
+    assert not exact("", [right]) and not exact("!", [right])
+    assert phrases("", [right]) == 0
+    assert exact(f" {right} ", [right]) is (right != "")
 
 
 @pytest.mark.parametrize(

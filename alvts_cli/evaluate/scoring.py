@@ -20,21 +20,24 @@ def normalise(text: str) -> str:
     """`text` as VQA compares answers: lower case, no articles, no punctuation, digits for numbers.
 
     As the VQA evaluation does, but apostrophes are dropped (so `dont` is `don't`), where that one
-    has a list of contractions. An answer of articles alone stays as it is.
+    has a list of contractions. An answer of articles alone, or of
+    punctuation alone, stays as it is.
     """
+    whole = text.strip()
     text = text.lower().replace("'", "").replace("\N{RIGHT SINGLE QUOTATION MARK}", "")
     text = re.sub(r"(?<=\d),(?=\d)", "", text)
     # A point between digits is a decimal point.
     text = re.sub(r"(?<!\d)\.|\.(?!\d)", " ", text)
     text = re.sub(r"[;/\[\]\"{}()=+\\_\-<>@`,?!]", " ", text)
     words = [_NUMBERS.get(word, word) for word in text.split()]
-    return " ".join([word for word in words if word not in _ARTICLES] or words)
+    return " ".join([word for word in words if word not in _ARTICLES] or words) or whole
 
 
 def exact(said: str, answers: Iterable[str]) -> bool:
-    """Normalised, it is one of the answers. (VQA's own score counts how many of ten people said
-    it; here one is enough.)"""
-    return normalise(said) in {normalise(answer) for answer in answers}
+    """Normalised, it is one of the answers, and not empty. (VQA's own score counts how many of ten
+    people said it; here one is enough.)"""
+    found = normalise(said)
+    return found != "" and found in {normalise(answer) for answer in answers}
 
 
 def yes_no(said: str, answers: Iterable[str]) -> bool:
