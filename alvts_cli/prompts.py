@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image, ImageOps
 from transformers import BatchFeature, PreTrainedTokenizerBase
 
@@ -49,14 +50,15 @@ _TURNS = {
 
 
 def read_image(source: Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """A picture from a file, RGB, turned as its EXIF data says.
+    """A picture from a file, RGB, turned as its EXIF data says, on white where it is transparent.
 
     Args:
         source: a path, or an open binary file.
         name: what to call it in a message; by default the path.
 
     Raises:
-        AlvtsError: no such file, no picture, cut short, or so large that it may be a bomb.
+        AlvtsError: no such file, no picture, cut short, of 32-bit numbers, or so large that it may
+            be a bomb.
     """
     name = name or str(source)
     file = open_regular(source, "image") if isinstance(source, Path) else source
@@ -65,7 +67,17 @@ def read_image(source: Path | BinaryIO, name: str | None = None) -> Image.Image:
             most = Image.MAX_IMAGE_PIXELS
             if most is not None and image.width * image.height > most:
                 raise Image.DecompressionBombError
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            mode = upright.mode
+            # What these formats hold as "I" is of 16 bits; that of others is of any range.
+            if mode.startswith("I;16") or (mode == "I" and image.format in ("PNG", "PPM")):
+                upright = _eight_bit(upright)
+            elif mode in ("I", "F"):
+                raise AlvtsError(
+                    f"{name} has pixels of 32-bit numbers, of which nothing says what is white; "
+                    "save it with 8 or 16 bits"
+                )
+            return _on_white(upright)
     except Image.DecompressionBombError:
         limit = (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
         raise AlvtsError(f"{name} has more than {limit} million pixels") from None
@@ -73,6 +85,22 @@ def read_image(source: Path | BinaryIO, name: str | None = None) -> Image.Image:
     except (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError) as error:
         reason = getattr(error, "strerror", None) or "it is damaged or not a picture"
         raise AlvtsError(f"cannot read the image {name}: {reason}") from None
+
+
+def _eight_bit(grey: Image.Image) -> Image.Image:
+    """The upper 8 of 16 bits, as PIL itself takes them of colours; of grey it would cut off, and
+    nearly everything would be white."""
+    return Image.fromarray((np.asarray(grey) >> 8).astype(np.uint8))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB, as viewers show it: what is transparent hides its colours, and white is behind."""
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        if layer.getchannel("A").getextrema() != (255, 255):
+            white = Image.new("RGBA", layer.size, "white")
+            return Image.alpha_composite(white, layer).convert("RGB")
+    return image.convert("RGB")
 
 
 def build_inputs(

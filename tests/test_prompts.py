@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -155,6 +156,46 @@ def test_pictures_are_read_as_rgb_and_upright(tmp_path: Path) -> None:
     turned.save(tmp_path / "a.jpg", exif=exif)
     assert read_image(tmp_path / "a.jpg").size == (2, 4)
     assert read_image(BytesIO((tmp_path / "a.jpg").read_bytes()), "x").size == (2, 4)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tiff", "a.pgm"])
+def test_grey_of_16_bits_is_no_white_page(name: str, tmp_path: Path) -> None:
+    values = np.array([[0, 255, 256], [0x8000, 0xFEFF, 0xFFFF]], np.uint16)
+    Image.fromarray(values).save(tmp_path / name)
+    said = np.asarray(read_image(tmp_path / name))
+    assert said.tolist() == [[[v >> 8] * 3 for v in row] for row in values.tolist()]
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_pixels_of_32_bits_are_refused(kind: Any, tmp_path: Path) -> None:
+    Image.fromarray(np.full((2, 2), 70_000, kind)).save(tmp_path / "a.tiff")
+    with pytest.raises(AlvtsError, match="tiff has pixels of 32-bit numbers"):
+        read_image(tmp_path / "a.tiff")
+
+
+def test_what_is_transparent_is_white(tmp_path: Path) -> None:
+    layer = np.zeros((1, 3, 4), np.uint8)
+    layer[..., 0] = 200
+    layer[0, :, 3] = (0, 51, 255)
+    Image.fromarray(layer).save(tmp_path / "a.png")
+    shown = np.asarray(read_image(tmp_path / "a.png"))
+    assert shown.tolist() == [[[255, 255, 255], [244, 204, 204], [200, 0, 0]]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([9, 9, 9, 8, 8, 8])
+    palette.putdata([0, 1])
+    palette.save(tmp_path / "b.png", transparency=0)
+    shown = np.asarray(read_image(tmp_path / "b.png"))
+    assert shown.tolist() == [[[255, 255, 255], [8, 8, 8]]]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_an_opaque_layer_stays_as_it_is(mode: str, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), np.uint8)
+    picture = Image.fromarray(pixels).convert(mode.removesuffix("A"))
+    picture.putalpha(255)
+    assert picture.mode == mode
+    picture.save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").tobytes() == picture.convert("RGB").tobytes()
 
 
 def test_pictures_that_cannot_be_read(tmp_path: Path) -> None:
