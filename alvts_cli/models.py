@@ -107,10 +107,14 @@ def load_model(
         trust_remote_code: run code that the model brings with it; without, none is ever run.
 
     Raises:
-        AlvtsError: no such model, an unknown architecture, quantised weights that cannot be read,
-            no network and nothing cached, a broken folder, an unknown device or dtype, or not
-            enough memory.
+        AlvtsError: no such model, one of `OURS` with code to run, an unknown architecture,
+            quantised weights that cannot be read, no network and nothing cached, a broken folder,
+            an unknown device or dtype, or not enough memory.
     """
+    if trust_remote_code and name in OURS:
+        raise AlvtsError(
+            f"{name} brings no code with it; --trust-remote-code would do nothing: leave it out"
+        )
     place = parse_device(device)
     asked = None if dtype is None else parse_dtype(dtype)
     model_id = resolve_name(name)
@@ -186,6 +190,9 @@ def resolve_name(name: str) -> str:
     Raises:
         AlvtsError: it stands for nothing.
     """
+    if not name.strip():
+        # As a path it would be the folder here.
+        raise AlvtsError("the model's name is empty; give a name, a hub id or a folder")
     if name == "pocket":
         from .pocket import WEIGHTS
 

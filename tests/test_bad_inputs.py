@@ -415,6 +415,18 @@ def test_a_model_that_is_not_there(name: str) -> None:
     turned_down(*RUN, "--model", name)
 
 
+def test_an_empty_name_is_not_the_model_here() -> None:
+    import shutil
+
+    shutil.copytree(model_folder(), ".", dirs_exist_ok=True)
+    assert "name is empty" in turned_down(*RUN, "--model", "")
+
+
+@pytest.mark.parametrize("name", ["pocket", "smol"])
+def test_what_ships_inside_brings_no_code(name: str) -> None:
+    assert "leave it out" in turned_down(*RUN, "--model", name, "--trust-remote-code")
+
+
 # Records and where they lie.
 
 RECORDS: dict[str, Callable[[Path], object]] = {
@@ -507,6 +519,13 @@ def test_records_that_are_none(
         ((*EVAL, "--methods", "dense", "--keep", "0.5"), "--keep"),
         ((*EVAL, "--methods", "dense", "--time"), "--time"),
         ((*SHOW, "--frames", "4"), "--frames"),
+        ((*SHOW[:-1], "x.html", "--keep", "0.11", "--keep", "0.110"), "is there twice"),
+        (("eval", *FROM, "--from", "./x.json"), "a file is there twice"),
+        (("bench", *FROM, "--from", "x.json"), "a file is there twice"),
+        ((*BENCH, "--image", "@scene", "--prompt", " "), "it is empty"),
+        ((*BENCH, "--prompt", ""), "it is empty"),
+        ((*SCORE, "--model", "smol"), "give pocket, or the folder of one"),
+        ((*SCORE, "--model", "org/pocket"), "give pocket, or the folder of one"),
         ((*BENCH, "--random-weights", "--trust-remote-code"), "--trust-remote-code"),
         ((*BENCH, "--random-weights", "--other-weights"), "--other-weights"),
         ((*BENCH, "--suite", "gpu", "--other-weights"), "--other-weights"),

