@@ -20,8 +20,8 @@ def normalise(text: str) -> str:
     """`text` as VQA compares answers: lower case, no articles, no punctuation, digits for numbers.
 
     As the VQA evaluation does, but apostrophes are dropped (so `dont` is `don't`), where that one
-    has a list of contractions. An answer of articles alone, or of
-    punctuation alone, stays as it is.
+    has a list of contractions. An answer of articles alone, or of punctuation alone, stays as it
+    is.
     """
     whole = text.strip()
     text = text.lower().replace("'", "").replace("\N{RIGHT SINGLE QUOTATION MARK}", "")
