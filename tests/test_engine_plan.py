@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from alvts_cli.engine.keep import Keep
-from alvts_cli.engine.plan import Plan, make_plan
+from alvts_cli.engine.plan import Plan, due_layers, make_plan
 
 
 def planned(*layouts: str, keep: tuple[float | int, ...] = (0.5, 0.0)) -> Plan:
@@ -77,6 +77,37 @@ def test_what_a_mask_says_of_the_tokens_before() -> None:
         for before in (real, None):
             made = plan(before, None, words)
             assert made.remasks is (before is not None) and made.real is None
+
+
+def test_a_mask_that_is_written_to_later_changes_no_plan() -> None:
+    for new in (1, 2):
+        ids = torch.ones(2, new, dtype=torch.int64)
+        mask = torch.tensor([[True] * 3, [False] * 3])[:, :new]
+        plan = make_plan(ids, torch.zeros_like(mask), mask, Keep((0.5,)))
+        mask[:] = True
+        assert plan.real is not None and plan.real.tolist() == [[True] * new, [False] * new]
+
+
+def test_every_sample_is_ranked_where_it_would_be_alone() -> None:
+    kept = [(5, 0), (2, 0), (2, 3), (0, 3), (2, 9), (5, 1)]
+    counts = (5, 9)
+
+    def due(every: int) -> list[list[bool]]:
+        found = due_layers(kept, counts, every)
+        for b in range(2):
+            alone = due_layers([(row[b],) for row in kept], counts[b : b + 1], every)
+            assert [row[b] for row in found] == [row[0] for row in alone]
+        return [[row[b] for row in found] for b in range(2)]
+
+    assert due(1) == [
+        [False, True, True, False, True, False],
+        [False, False, True, True, False, True],
+    ]
+    assert due(0) == [[False, True, *[False] * 4], [False, False, True, *[False] * 3]]
+    assert due(2) == [
+        [False, True, *[False] * 2, True, False],
+        [False, False, True, *[False] * 2, True],
+    ]
 
 
 def test_a_sample_of_visual_tokens_alone_keeps_one() -> None:
