@@ -37,6 +37,7 @@ class Checkpoint:
 
     Attributes:
         found: whether there was something to go on with.
+        taken: layers that were taken from before, so far.
     """
 
     def __init__(self, output: Path, resume: bool) -> None:
@@ -51,6 +52,7 @@ class Checkpoint:
                 f"{self.folder} holds an unfinished run; go on with --resume, or delete the folder"
             )
         self.found = self.folder.exists()
+        self.taken = 0
 
     def begin(self, run: dict[str, Any]) -> None:
         """Say what this run is made of.
@@ -89,12 +91,14 @@ class Checkpoint:
                 names = file.keys()
                 # Clones: the file is deleted while they are in use.
                 tensors = {name: file.get_tensor(name).clone() for name in names}
-            return LayerResult(
+            result = LayerResult(
                 unpack_layer("", tensors, told["eps"], told["form"]),
                 LayerFit(**told["fit"]),
             )
         except (SafetensorError, OSError, ValueError, KeyError, TypeError):
             raise AlvtsError(f"{path} is damaged; delete it to fit that layer again") from None
+        self.taken += 1
+        return result
 
     def save(self, layer: int, result: LayerResult) -> None:
         """Keep a finished layer.

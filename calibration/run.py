@@ -13,6 +13,7 @@ import torch
 from alvts_cli import __version__
 from alvts_cli.artifact import Artifact, fingerprint
 from alvts_cli.data import Reader, Sample
+from alvts_cli.digests import of_processor, of_question
 from alvts_cli.engine import Carry, default_carry_rank, default_rank, paper_rank
 from alvts_cli.errors import AlvtsError
 from alvts_cli.families import family_of
@@ -133,8 +134,9 @@ def calibrate(
         "transformers": version("transformers"),
     }
 
-    fitted, held_out, answers, ids = _capture_all(model, processor, samples, settings, watch, group)
-    digest = hashlib.sha256("\n".join(ids).encode()).hexdigest()
+    fitted, held_out, answers, ids, seen = _capture_all(
+        model, processor, samples, settings, watch, group
+    )
     data = in_words(samples) if data is None else data
     if checkpoint:
         checkpoint.begin(
@@ -142,7 +144,8 @@ def calibrate(
                 "weights": hashlib.sha256(values.numpy().tobytes()).hexdigest(),
                 "dtype": str(model.dtype),
                 "data": data,
-                "samples": digest,
+                "samples": _digest(seen),
+                "processor": of_processor(processor),
                 "settings": asdict(settings),
                 "versions": versions,
             }
@@ -176,7 +179,7 @@ def calibrate(
         data=data,
         fitted=counts[0],
         held_out=counts[1],
-        sample_ids=digest,
+        sample_ids=_digest(ids),
         settings=asdict(settings),
         versions=versions,
         layers=tuple(result.fit for result in results),
@@ -217,9 +220,10 @@ def _capture_all(
     settings: Settings,
     watch: Watch,
     group: Group,
-) -> tuple[list[Captured], list[Captured], list[Answered], list[str]]:
+) -> tuple[list[Captured], list[Captured], list[Answered], list[str], list[str]]:
     """What reaches layer 0 of the samples to fit on and of those to measure on, the first of the
-    latter again with their answers (of a group, every process's share), and the ids of all."""
+    latter again with their answers (of a group, every process's share), and of all samples the ids
+    and digests of what they hold."""
     text_config: Any = family_of(model).text_model(model).config
     fitted: list[Captured] = []
     held_out: list[Captured] = []
@@ -227,6 +231,7 @@ def _capture_all(
     longest = text_config.max_position_embeddings - settings.answer_tokens
     stride = max(2, round(1 / settings.held_out))
     ids: list[str] = []
+    seen: list[str] = []
     broken: list[str] = []
     for sample in each_sample(samples):
         measures = len(ids) % stride == 0
@@ -244,10 +249,15 @@ def _capture_all(
         if tries and number < settings.policy_samples and group.mine(number):
             answers.append(answered(model, inputs, settings.answer_tokens))
         ids.append(sample.id)
+        seen.append(of_question(sample.images, sample.id, sample.prompt))
         watch.sample(len(ids))
     if isinstance(samples, Reader):
         broken = samples.skipped + broken
     if len(ids) < 3:
         why = f"; {len(broken)} were skipped, such as {broken[0]}" if broken else ""
         raise AlvtsError(f"only {len(ids)} usable samples, at least 3 are needed{why}")
-    return fitted, held_out, answers, ids
+    return fitted, held_out, answers, ids, seen
+
+
+def _digest(lines: list[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

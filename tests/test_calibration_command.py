@@ -150,7 +150,9 @@ def test_an_interrupted_run_goes_on_with_resume(
     assert "go on with --resume" in result.stderr
     assert not out.exists()
     assert "--resume, or delete the folder" in refused(*command("--out", out))
-    assert calibrate("--out", out, "--resume").exit_code == 0
+    result = calibrate("--out", out, "--resume")
+    assert result.exit_code == 0
+    assert result.stderr == "1 layers from before\n"
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 

@@ -1,6 +1,8 @@
 """Initialisation, alignment and the sweep over layers."""
 
 import gc
+import hashlib
+import json
 import math
 import weakref
 from dataclasses import asdict, replace
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from calibration_tools import LAYERS, RANK, WIDTH, fast, make_processor, make_small, scenes
+from PIL import Image
 from tiny import FAMILIES, make_inputs, make_model, make_selectors, one_image
 
 from alvts_cli import AlvtsError, attach
@@ -39,11 +42,12 @@ def projections(model: Any, layer: int = 0) -> QueryKey:
 def fit(model: Any, out: Path, resume: bool = False, **more: Any) -> Artifact:
     """Calibrate, save and clean up, as the command does."""
     watch = more.pop("watch", None)
+    samples, processor = more.pop("samples", scenes()), more.pop("processor", make_processor())
     checkpoint = Checkpoint(out, resume)
     artifact = calibrate(
         model,
-        make_processor(),
-        scenes(),
+        processor,
+        samples,
         fast(**more),
         model_id="small",
         checkpoint=checkpoint,
@@ -240,6 +244,31 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     (layer.parent / "run.json").unlink()
     with pytest.raises(AlvtsError, match="is not an unfinished run"):
         fit(make_small(), out, resume=True)
+
+
+def test_layers_of_other_samples_under_the_same_ids_are_not_gone_on_with(tmp_path: Path) -> None:
+    def crash(*_: object) -> None:
+        raise Crash
+
+    first, *rest = scenes()
+    out = tmp_path / "out"
+    with pytest.raises(Crash):
+        fit(make_small(), out, samples=[first, *rest], watch=Watch(layer=crash))
+    pictures = [Image.new("RGB", first.images[0].size, "grey")]
+    for other in (replace(first, images=pictures), replace(first, prompt="is it red?")):
+        with pytest.raises(AlvtsError, match="it was made with other samples;"):
+            fit(make_small(), out, resume=True, samples=[other, *rest])
+    processor = make_processor()
+    processor.image_processor.image_mean = [0.4, 0.5, 0.5]
+    with pytest.raises(AlvtsError, match="it was made with other processor;"):
+        fit(make_small(), out, resume=True, samples=[first, *rest], processor=processor)
+    told = json.loads((out.with_name("out.partial") / "run.json").read_text())
+    assert told.pop("processor")
+    # As versions before this one wrote it.
+    told["samples"] = hashlib.sha256("\n".join(s.id for s in scenes()).encode()).hexdigest()
+    (out.with_name("out.partial") / "run.json").write_text(json.dumps(told))
+    with pytest.raises(AlvtsError, match="it was made with other samples, processor;"):
+        fit(make_small(), out, resume=True, samples=[first, *rest])
 
 
 def test_resuming_without_a_checkpoint_starts_from_the_first_layer(tmp_path: Path) -> None:

@@ -246,6 +246,8 @@ def calibrate(
     if not group.first:
         return
     checkpoint.remove()
+    if checkpoint.taken:
+        words.print(f"{checkpoint.taken} layers from before")
     print_skipped(words, reader.skipped + refused)
     record = artifact.calibration
     tables.print(fit_table(record))
