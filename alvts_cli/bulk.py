@@ -5,8 +5,9 @@ that little is spent on padding. Windows and batches are the same whenever the s
 again, so an interrupted run makes the answers that it would have made.
 
 Beside the output lies `<output>.partial`, a line of JSON an answer, each batch forced to disk at
-once. A line that an interruption cut off is dropped, and answered again. The output itself is
-written whole, in the order of the data, when the last answer is there.
+once. A line that an interruption cut off is dropped, and answered again. Each line has a digest of
+what was answered: a run that goes on reads those records too, and only goes on if they are the
+same. The output itself is written whole, in the order of the data, when the last answer is there.
 """
 
 import fcntl
@@ -28,6 +29,7 @@ from .answer import prepare
 from .artifact import Artifact
 from .batches import collate, end_token, ended
 from .data import Candidate, Reader
+from .digests import of_question
 from .engine import attach
 from .errors import AlvtsError
 from .families import family_of
@@ -35,8 +37,12 @@ from .files import write_whole
 from .models import Loaded
 from .schema import Count, Finite, Text, check, parse_json
 from .spread import Group
+from .terminal import one_line
 
 FORMATS = (".jsonl", ".parquet")
+
+# Of journals. The first had no digests in it.
+_FORMAT = 2
 
 # Batches in a window.
 _WINDOW = 8
@@ -65,7 +71,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the output.
+    """A line of the journal and, without its digest, of the output.
 
     Attributes:
         index: of the record in the data, from 0.
@@ -76,6 +82,7 @@ class Line:
         text_tokens: in the prompt.
         visual_tokens: in the prompt.
         visual_tokens_kept: layer average.
+        digest: of the record as it was answered.
     """
 
     # What a journal is checked against when a run goes on with it.
@@ -89,6 +96,7 @@ class Line:
     text_tokens: Count
     visual_tokens: Annotated[Count, Field(gt=0)]
     visual_tokens_kept: Annotated[Finite, Field(ge=0)]
+    digest: Text
 
 
 class Journal:
@@ -113,7 +121,7 @@ class Journal:
         except OSError as error:
             raise AlvtsError(f"cannot write {self.path}: {error.strerror or error}") from error
         try:
-            self.lines = self._begin(json.loads(json.dumps(facts)))
+            self.lines = self._begin(json.loads(json.dumps({"format": _FORMAT, **facts})))
         except AlvtsError:
             self._file.close()
             raise
@@ -154,6 +162,25 @@ class Journal:
         new = [line for line in lines if line["index"] not in self.lines]
         self._write(new)
         self.lines |= {line["index"]: line for line in new}
+
+    def check_same(self, index: int, name: str, digest: str | None) -> None:
+        """Refuse the answer to a record that is another one by now.
+
+        Args:
+            index: of the record in the data.
+            name: of the record.
+            digest: of what is read now; None where it cannot be read.
+
+        Raises:
+            AlvtsError: there is such an answer.
+        """
+        if index in self.lines and self.lines[index]["digest"] != digest:
+            raise AlvtsError(
+                one_line(
+                    f"cannot go on with {self._first}: the words or the picture of {name} are not "
+                    "those that it answers; give the same data, or delete it to start anew"
+                )
+            )
 
     def check_within(self, records: int) -> None:
         """Refuse answers to records that the data do not have: they may have been more when the run
@@ -199,16 +226,21 @@ def _read(path: Path, facts: dict[str, Any]) -> dict[int, dict[str, Any]]:
     lines = data[: data.rfind(b"\n") + 1].splitlines()
     try:
         before, *rest = map(parse_json, lines) if lines else [facts]
+        known = before.get("format") == _FORMAT
         differing = [key for key in facts if before.get(key) != facts[key]]
-        found = {line.index: asdict(line) for line in check(_LINES, rest, str(path))}
+        kept = check(_LINES, rest, str(path)) if known else []
     except (ValueError, AttributeError, AlvtsError):
         raise AlvtsError(f"{path} is damaged; delete it to start anew") from None
+    if not known:
+        raise AlvtsError(
+            f"cannot go on with {path}: another version of alvts made it; delete it to start anew"
+        )
     if differing:
         raise AlvtsError(
             f"cannot go on with {path}: it was made with other {', '.join(differing)}; "
             "give the same options, or delete it"
         )
-    return found
+    return {line.index: asdict(line) for line in kept}
 
 
 _LINES = TypeAdapter(list[Line])
@@ -231,7 +263,8 @@ def answer_all(
         The seconds that the model took.
 
     Raises:
-        AlvtsError: the journal cannot be written, or answers records that there are not.
+        AlvtsError: the journal cannot be written, or answers records that there are not, or that
+            are others by now.
     """
     # What a limit leaves out may well have been answered before.
     if reader.total is not None and (limit is None or reader.total < limit):
@@ -248,21 +281,25 @@ def answer_all(
                 continue
             left = [i for i, _ in window if i not in journal.lines]
             advance(len(window) - len(left))
-            if not left:
-                continue
             prepared = []
             for i, (name, read) in window:
+                digest: str | None = None
                 try:
                     sample = read()
-                    inputs = prepare(job.loaded, sample.images, sample.prompt, job.max_new_tokens)
-                    prepared.append((i, sample.id, sample.prompt, inputs))
+                    digest = of_question(sample.images, sample.id, sample.prompt)
+                    # Where all is answered, it is enough that the records are the same.
+                    if left:
+                        longest = job.max_new_tokens
+                        inputs = prepare(job.loaded, sample.images, sample.prompt, longest)
+                        prepared.append((i, sample.id, sample.prompt, digest, inputs))
                 except AlvtsError as error:
                     reader.skip(name, error)
                     advance(1)
+                journal.check_same(i, name, digest)
             if reader.hopeless(len(prepared) + len(journal.lines)):
                 return seconds
             # The longest first: where memory is too short, that is seen at once.
-            prepared.sort(key=lambda one: -one[3]["input_ids"].shape[1])
+            prepared.sort(key=lambda one: -one[-1]["input_ids"].shape[1])
             for start in range(0, len(prepared), job.batch):
                 batch = prepared[start : start + job.batch]
                 missing = sum(i in left for i, *_ in batch)
@@ -284,10 +321,12 @@ def _windows(candidates: Iterable[Candidate], size: int) -> Iterator[list[tuple[
         yield window
 
 
-def _answer(job: Job, attachment: Any, batch: Sequence[tuple[int, str, str, Any]]) -> list[Line]:
+def _answer(
+    job: Job, attachment: Any, batch: Sequence[tuple[int, str, str, str, Any]]
+) -> list[Line]:
     model, tokenizer = job.loaded.model, job.loaded.processor.tokenizer
     pad = end_token(model, tokenizer)
-    inputs = collate([one[3] for one in batch], pad)
+    inputs = collate([one[-1] for one in batch], pad)
     output = model.generate(
         **inputs, do_sample=False, num_beams=1, max_new_tokens=job.max_new_tokens, pad_token_id=pad
     )
@@ -299,11 +338,11 @@ def _answer(job: Job, attachment: Any, batch: Sequence[tuple[int, str, str, Any]
         by_layer = attachment.last.kept
         kept = [sum(layer[b] for layer in by_layer) / len(by_layer) for b in range(len(batch))]
     lines = []
-    for b, (i, name, prompt, _) in enumerate(batch):
+    for b, (i, name, prompt, digest, _) in enumerate(batch):
         said = ended(new[b], model.generation_config.eos_token_id)
         text = tokenizer.decode(said, skip_special_tokens=True).strip()
         counts = (len(said), tokens[b] - visual[b], visual[b], float(kept[b]))
-        lines.append(Line(i, name, prompt, text, *counts))
+        lines.append(Line(i, name, prompt, text, *counts, digest))
     return lines
 
 
@@ -313,7 +352,10 @@ def write_answers(lines: Iterable[dict[str, Any]], output: Path) -> None:
     Raises:
         AlvtsError: it cannot be written.
     """
-    ordered = sorted(lines, key=lambda line: line["index"])
+    ordered = [
+        {name: value for name, value in line.items() if name != "digest"}
+        for line in sorted(lines, key=lambda line: line["index"])
+    ]
     if output.suffix == ".jsonl":
         data = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in ordered).encode()
     else:

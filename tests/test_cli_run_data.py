@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 from cli_tools import alvts, model_folder, refused, scene_file
@@ -139,7 +140,7 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(questions, tmp_path, monke
     assert "made with other data" in refused(*command(questions, out))
     journal = tmp_path / "answers.jsonl.partial"
     line = dict(index=0, id="0", prompt="p", answer="a", new_tokens=1, text_tokens=1)
-    line |= dict(visual_tokens=9, visual_tokens_kept=3.0)
+    line |= dict(visual_tokens=9, visual_tokens_kept=3.0, digest="d")
     odd = [dict(index="x"), dict(index=-1), dict(new_tokens="many"), dict(answer="\ud800")]
     odd += [dict(answer=None), dict(visual_tokens=0), dict(visual_tokens_kept=math.nan)]
     there = journal.read_bytes()
@@ -160,17 +161,77 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(questions, tmp_path, monke
     held.close()
 
 
+def test_answers_to_other_records_are_not_gone_on_with(questions, tmp_path, monkeypatch):
+    """Of a folder, what is known of the run as a whole is the name."""
+    from alvts_cli import bulk
+
+    folder, out = tmp_path / "C", tmp_path / "answers.jsonl"
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        (folder / name).write_bytes((tmp_path / name).read_bytes())
+    records = [json.loads(line) for line in questions.read_text().splitlines()]
+    records = [record for record in records if record["id"].startswith("q")]
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, records)))
+    asked = command(folder, out, "--batch", 1)
+    add = bulk.Journal.add
+
+    def add_and_stop(journal, lines):
+        add(journal, lines)
+        if len(journal.lines) == 9:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bulk.Journal, "add", add_and_stop)
+        assert alvts(*asked).exit_code == 130
+    there, picture = prompts.read_bytes(), (folder / "b.png").read_bytes()
+
+    def others(name):
+        told = refused(*asked)
+        assert f"the words or the picture of {name} are not those that it answers" in told
+        assert "give the same data, or delete it to start anew" in told
+
+    # The first window, of eight, is answered; the second is not, but for one record.
+    prompts.write_bytes(there.replace(b"is there a circle?", b"is there a square?", 1))
+    others("prompts.jsonl:1")
+    prompts.write_bytes(there.replace(b"q8", b"q88"))
+    others("prompts.jsonl:9")
+    prompts.write_bytes(there)
+    Image.new("RGB", (60, 30), "blue").save(folder / "b.png")
+    others("prompts.jsonl:2")
+    (folder / "b.png").unlink()
+    others("prompts.jsonl:2")
+    (folder / "b.png").write_bytes(picture)
+    journal = tmp_path / "answers.jsonl.partial"
+    whole = journal.read_text()
+    made, *lines = [json.loads(line) for line in whole.splitlines()]
+    del made["format"]
+    for line in lines:
+        del line["digest"]
+    journal.write_text("".join(f"{json.dumps(one)}\n" for one in (made, *lines)))
+    assert "another version of alvts made it; delete it to start anew" in refused(*asked)
+    journal.write_text(whole)
+    result = alvts(*asked)
+    assert result.exit_code == 0 and "9 of them from before" in result.stdout
+    assert len(rows(out)) == 10 and not any("digest" in row for row in rows(out))
+
+
 @pytest.mark.parametrize("total", [3, None])
 def test_an_answer_beyond_the_data_is_not_gone_on_with(total, tmp_path):
     """Also where it is known only at the end of a stream how many records there are."""
     from alvts_cli.bulk import Job, Journal, Line, answer_all
-    from alvts_cli.data import Reader
+    from alvts_cli.data import Reader, Sample
+    from alvts_cli.digests import of_question
 
     job = Job(load_model(str(model_folder()), "cpu"), None, None, 4, 2, Group())
-    before = [asdict(Line(i, str(i), "what?", "a", 1, 2, 3, 1.5)) for i in range(4)]
+    samples = [Sample(str(i), [Image.new("RGB", (4, 4))], "what?") for i in range(4)]
+    before = [
+        asdict(Line(i, s.id, s.prompt, "a", 1, 2, 3, 1.5, of_question(s.images, s.id, s.prompt)))
+        for i, s in enumerate(samples)
+    ]
 
     def answered(limit):
-        reader = Reader("x", ((str(i), None) for i in range(3)), limit, total)
+        reader = Reader("x", ((s.id, partial(next, iter([s]))) for s in samples[:3]), limit, total)
         return answer_all(job, reader, limit, journal, lambda n: None)
 
     with closing(Journal(tmp_path / "out.jsonl", {})) as journal:
@@ -236,7 +297,7 @@ def test_a_line_that_was_cut_is_dropped_for_good(tmp_path):
     from alvts_cli.bulk import Journal, Line
 
     def line(index):
-        return asdict(Line(index, str(index), "what?", "a", 1, 2, 3, 1.5))
+        return asdict(Line(index, str(index), "what?", "a", 1, 2, 3, 1.5, "d"))
 
     out = tmp_path / "answers.jsonl"
     with closing(Journal(out, {"a": 1})) as journal:

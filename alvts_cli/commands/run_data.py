@@ -12,6 +12,7 @@ from ..answer import selectors_for
 from ..artifact import fingerprint
 from ..bulk import Job, Journal, answer_all, write_answers
 from ..data import Reader, Source, read_data
+from ..digests import of_processor
 from ..errors import AlvtsError
 from ..files import check_writable
 from ..models import find_selectors, load_model
@@ -96,7 +97,8 @@ def _with_progress(
 
 
 def _facts(job: Job, source: Source, reader: Reader, selectors: Path | None) -> dict[str, Any]:
-    """What the answers depend on, but for the batch size, which may be another after a restart."""
+    """What the answers depend on, but for the records, of which the journal has digests, and for
+    the batch size, which may be another after a restart."""
     import hashlib
 
     import transformers
@@ -112,6 +114,7 @@ def _facts(job: Job, source: Source, reader: Reader, selectors: Path | None) -> 
         "columns": source.columns,
         "prompt": source.prompt,
         "model": digest(weights.numpy().tobytes()),
+        "processor": of_processor(job.loaded.processor),
         "dtype": str(job.loaded.dtype),
         "selectors": selectors and digest(selectors.read_bytes()),
         "keep": job.keep,
