@@ -111,6 +111,13 @@ class Source:
             raise AlvtsError(f"there is no image folder {self.image_folder}")
 
 
+def place(data: str) -> str:
+    """What `--data` names, told from all else: a file or a folder by where it lies, however its
+    path is written."""
+    path = Path(data)
+    return str(path.resolve()) if path.exists() else data
+
+
 class Reader:
     """Reads candidates one at a time until `count` good ones were found.
 

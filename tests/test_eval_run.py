@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cli_tools import DEPTH, alvts, model_folder, refused, scene_file
+from PIL import Image
 
 from alvts_cli.artifact import load_artifact, save_artifact
 from alvts_cli.batches import collate
@@ -415,11 +416,89 @@ def test_an_interrupted_command_goes_on(monkeypatch, cache):
     assert result.exit_code == 130
     assert "same command" in result.stderr
     assert result.stdout == ""
-    assert alvts(*command).stdout == whole
+    result = alvts(*command)
+    assert result.stdout == whole
+    assert result.stderr == "pocket: 1 batches from before\n"
     # One before the interrupt, the one it hit, and the two that were left.
     assert len(batches) == 4
     batches.clear()
     assert alvts(*command, "--fresh").exit_code == 130
+
+
+def folder_of(folder, color, records):
+    folder.mkdir()
+    for i in range(2):
+        Image.new("RGB", (40, 40 + i), color).save(folder / f"{i}.png")
+    (folder / "q.jsonl").write_text("\n".join(map(json.dumps, records)))
+    return folder / "q.jsonl"
+
+
+RECORDS = [
+    {"image": f"{i % 2}.png", "question": f"is it {word}?", "answer": "yes"}
+    for i, word in enumerate(("red", "green", "blue", "small"))
+]
+
+
+def test_answers_about_other_pictures_are_not_taken(tmp_path, monkeypatch):
+    """The questions, and the names of all files, are the same."""
+    real, batches = run_module._batch, []
+
+    def counted(*args):
+        batches.append(args)
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(run_module, "_batch", counted)
+    told = ("eval", "--model", model_folder(), "--methods", "random", "--keep", "64", "--batch", 2)
+    data = folder_of(tmp_path / "A", "red", RECORDS)
+    assert alvts(*told, "--data", data).exit_code == 130
+    # The same pictures elsewhere; others in the same place; the first ones again.
+    copy = folder_of(tmp_path / "B", "red", RECORDS)
+    assert "from before" not in alvts(*told, "--data", copy).stderr
+    pictures = [path.read_bytes() for path in sorted(data.parent.glob("*.png"))]
+    for path in data.parent.glob("*.png"):
+        Image.new("RGB", (40, 40), "grey").save(path)
+    assert "from before" not in alvts(*told, "--data", data).stderr
+    for i, picture in enumerate(pictures):
+        (data.parent / f"{i}.png").write_bytes(picture)
+    with monkeypatch.context() as patch:
+        other = json.dumps({"image_processor": {"image_mean": [0.1, 0.1, 0.1]}})
+        patch.setattr("transformers.ProcessorMixin.to_json_string", lambda _: other)
+        assert "from before" not in alvts(*told, "--data", data).stderr
+    result = alvts(*told, "--data", data)
+    assert result.exit_code == 0 and result.stderr == "q.jsonl: 1 batches from before\n"
+
+
+def test_data_sets_are_told_apart_by_where_they_lie(tmp_path, monkeypatch, recwarn):
+    told = ("eval", "--model", model_folder(), "--methods", "random", "--keep", "64")
+    folder_of(tmp_path / "A", "red", RECORDS)
+    folder_of(tmp_path / "B", "red", RECORDS)
+    monkeypatch.chdir(tmp_path)
+    result = alvts(*told, "--data", "A/q.jsonl", "--data", "B/q.jsonl")
+    assert result.exit_code == 0 and not result.stderr and not recwarn
+    for other in ("./A/q.jsonl", "B/../A/q.jsonl", tmp_path / "A" / "q.jsonl"):
+        line = refused(*told, "--data", "A/q.jsonl", "--data", other, code=2)
+        assert "a data set is there twice" in line
+
+
+def test_a_question_that_the_model_does_not_take_is_skipped_named_and_counted(tmp_path):
+    told = ("eval", "--model", model_folder(), "--methods", "random", "--keep", "64", "-q")
+    long = {"image": "0.png", "question": "is it " * 5000, "answer": "yes"}
+    broken = {"image": "gone.png", "question": "what?", "answer": "yes"}
+    data = folder_of(tmp_path / "A", "red", [RECORDS[0], long, broken])
+    file = tmp_path / "out.json"
+    result = alvts(*told, "--data", data, "--json", file)
+    assert result.exit_code == 0 and result.stderr == ""
+    assert "q.jsonl: 1 questions, 2 skipped, yes-no scoring" in result.stdout
+    (whole,) = json.loads(file.read_text())["data"]
+    assert whole["skipped"] == 2 and len(whole["samples"]) == 1
+    result = alvts(*told[:-1], "--data", data)
+    assert "skipped 2 samples:" in result.stderr
+    assert "q.jsonl:2: prompt and images make" in result.stderr
+    data.write_text(json.dumps(long))
+    line = refused(*told, "--data", data)
+    assert "no question in q.jsonl; 1 were skipped, such as q.jsonl:1: prompt and" in line
 
 
 def test_a_failed_gate_says_by_how_much():

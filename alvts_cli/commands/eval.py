@@ -141,7 +141,9 @@ def evaluate(
         return
     names = _methods(methods, paper_selectors is not None)
     _refuse_unused(context, names, data)
-    if len(set(data)) < len(data):
+    from ..data import place
+
+    if len(set(map(place, data))) < len(data):
         raise typer.BadParameter("a data set is there twice", param_hint="--data")
     budgets = _budgets(keep)
     gates = _gates(gate, names, list(budgets), time)
@@ -155,6 +157,7 @@ def evaluate(
 
     from ..bench.report import environment
     from ..data import Source
+    from ..digests import of_processor
     from ..evaluate.data import read_data
     from ..evaluate.figures import summarise
     from ..evaluate.table import blind, check_gate, to_json, to_table
@@ -181,14 +184,18 @@ def evaluate(
     tables = console(aside)
     tables.quiet = not group.first
     words.quiet = words.quiet or tables.quiet
+    asked = [_usable(words, loaded, questions) for questions in sets]
     text_model: Any = family_of(loaded.model).text_model(loaded.model)
     written, lines, passed = [], [], True
-    for questions in sets:
-        store = context.with_resource(_store(facts, questions, group))
+    for one, (questions, digests) in zip(data, asked, strict=True):
+        own = {"processor": of_processor(loaded.processor), "place": place(one), "seen": digests}
+        store = context.with_resource(_store({**facts, **own}, questions, group))
         if fresh:
             # Nobody looks for finished batches before.
             group.by_first(store.remove)
         results = _with_progress(words, plan, questions, store, group)
+        if store.taken:
+            words.print(f"{questions.name}: {store.taken} batches from before", highlight=False)
         summary = summarise(
             questions, results, list(plan.runs), seed, text_model.config, loaded.dtype.itemsize
         )
@@ -204,7 +211,7 @@ def evaluate(
             holds, line = check_gate(condition, summary)
             lines.append(f"{questions.name}: {line}")
             passed = passed and holds
-    print_skipped(words, [line for one in sets for line in one.skipped])
+    print_skipped(words, [line for one, _ in asked for line in one.skipped])
     surroundings = environment(loaded.model)
     tables.print(
         f"{loaded.name}, {surroundings['hardware']}, {facts['dtype']}, torch "
@@ -361,6 +368,18 @@ def _find_selectors(loaded: "Loaded") -> Path:
             f"no selectors for {loaded.name}; fit some with: alvts calibrate --model "
             f"{loaded.name}, or leave {', '.join(FITTED)} out of --methods"
         ) from None
+
+
+def _usable(
+    words: Any, loaded: "Loaded", questions: "DataSet"
+) -> tuple["DataSet", tuple[str, ...]]:
+    """The questions that the model takes, and a digest of each, under a bar."""
+    from ..evaluate.preparing import usable
+    from ..terminal import bars
+
+    with bars(words) as progress:
+        task = progress.add_task(f"questions of {questions.name}", total=len(questions.items))
+        return usable(loaded, questions, lambda: progress.advance(task))
 
 
 def _store(facts: dict[str, Any], questions: "DataSet", group: "Group") -> "Store":

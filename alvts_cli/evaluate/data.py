@@ -7,7 +7,7 @@
 - `easy-vqa` is the public set's test split (the package `easy-vqa`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -85,12 +85,26 @@ def read_data(source: Source, samples: int, seed: int, scoring: str | None = Non
             Item(record, one.kind or kind, one.prompt, one.answers, partial(_images, read))
             for record, one, read in reader.found()
         ]
-    if not items:
-        why = f"; {len(skipped)} were skipped, such as {skipped[0]}" if skipped else ""
-        raise AlvtsError(f"there is no question in {data}{why}")
+    check_any(data, items, skipped)
     own = "phrases" if data == "pocket-described" else suitable(item.answers for item in items)
     longest = OWN.get(data, LONG)
     return DataSet(name, tuple(items), scoring or own, longest, tuple(skipped))
+
+
+def check_any(data: str, items: Sequence[Item], skipped: Sequence[str]) -> None:
+    """Refuse data of which no question is left.
+
+    Args:
+        data: what to call them.
+        items: their questions.
+        skipped: a line for each record that was left out.
+
+    Raises:
+        AlvtsError: there is no question.
+    """
+    if not items:
+        why = f"; {len(skipped)} were skipped, such as {skipped[0]}" if skipped else ""
+        raise AlvtsError(f"there is no question in {data}{why}")
 
 
 def _images(read: Callable[[], Sample]) -> list[Image.Image]:

@@ -58,6 +58,7 @@ class Summary:
 
     name: str
     scoring: str
+    skipped: int
     visual_tokens: float
     kv_bytes: float
     head: Head
@@ -103,6 +104,7 @@ def summarise(
     return Summary(
         name=data.name,
         scoring=data.scoring,
+        skipped=len(data.skipped),
         visual_tokens=table.tokens(DENSE).mean(),
         kv_bytes=kv_bytes_expected(text_config, [slots], bytes_per_value) / len(results),
         head=table.head(everything),

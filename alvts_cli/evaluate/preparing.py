@@ -1,7 +1,7 @@
 """Questions, and what was said before them, as batches that the model takes."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,10 +9,12 @@ from PIL import Image
 from torch import Tensor
 
 from ..batches import collate, end_token
+from ..digests import of_question
 from ..errors import AlvtsError
 from ..models import Loaded
 from ..prompts import assistant_turn, build_inputs, process, render, user_turn
-from .data import Item
+from ..terminal import one_line
+from .data import DataSet, Item, check_any
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,15 @@ class Preparing:
         device, dtype = self._loaded.device, self._loaded.dtype
         firsts, laters = [], []
         for item, images in zip(self._items, pictures, strict=True):
-            first, later = self._sample(item, images)
+            first, later = self.sample(item, images)
             firsts.append(first.to(device, dtype))
             laters.append({name: ids.to(device) for name, ids in later.items()})
         talked = bool(self._items[0].earlier)
         return Prepared(collate(firsts, self._pad), collate(laters, self._pad) if talked else None)
 
-    def _sample(self, item: Item, images: list[Image.Image]) -> tuple[Any, dict[str, Tensor]]:
-        """The turn with the pictures, and what is said behind it; empty where that is nothing."""
+    def sample(self, item: Item, images: list[Image.Image]) -> tuple[Any, dict[str, Tensor]]:
+        """The turn with the pictures, and what is said behind it; empty where that is nothing. The
+        errors of a call."""
         processor = self._loaded.processor
         if not item.earlier:
             return build_inputs(processor, images, item.question, self._longest), {}
@@ -94,3 +97,36 @@ class Preparing:
             )
         ids = torch.tensor([said])
         return first, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def usable(
+    loaded: Loaded, data: DataSet, advance: Callable[[], None]
+) -> tuple[DataSet, tuple[str, ...]]:
+    """The questions that the model takes, and a digest of the pictures and words of each.
+
+    One that it does not take, such as one that is too long for it, is left out as a broken record
+    is: found in the middle of a batch, it would end the whole run.
+
+    Args:
+        loaded: the model.
+        data: the questions.
+        advance: called after every question.
+
+    Raises:
+        AlvtsError: it takes none of them.
+    """
+    prepare = Preparing(loaded, data.items, data.max_new_tokens)
+    taken, digests, skipped = [], [], list(data.skipped)
+    for item in data.items:
+        try:
+            images = item.images()
+            prepare.sample(item, images)
+        except AlvtsError as error:
+            skipped.append(one_line(f"{item.id}: {error}"))
+        else:
+            taken.append(item)
+            said = (word for turn in item.earlier for word in turn)
+            digests.append(of_question(images, *said, item.question))
+        advance()
+    check_any(data.name, taken, skipped)
+    return replace(data, items=tuple(taken), skipped=tuple(skipped)), tuple(digests)

@@ -113,22 +113,24 @@ def evaluate(
             store that cannot be written.
     """
     group = group or Group()
-    results: list[tuple[int, list[Outcomes]]] = []
+    results: list[tuple[int, bool, list[Outcomes]]] = []
     labels = [DENSE, BLIND, *(run.label for run in plan.runs)]
     for number, start in enumerate(range(0, len(data.items), plan.batch)):
         if not group.mine(number):
             continue
         items = data.items[start : start + plan.batch]
         saved = _unpack(store.load(number), labels, len(items))
+        before = saved is not None
         if saved is None:
             with seen_once(plan.loaded.model):
                 saved = _batch(plan, data, items, lambda: advance(1))
             store.save(number, [{k: vars(v) for k, v in one.items()} for one in saved])
         else:
             advance(len(labels))
-        results.append((number, saved))
+        results.append((number, before, saved))
     ordered = sorted(group.gather(results), key=lambda one: one[0])
-    return [outcomes for _, batch in ordered for outcomes in batch]
+    store.taken = sum(before for _, before, _ in ordered)
+    return [outcomes for *_, batch in ordered for outcomes in batch]
 
 
 def _unpack(saved: Any, labels: list[str], count: int) -> list[Outcomes] | None:

@@ -2,10 +2,11 @@
 
 Batches lie in a folder of the user's cache, `alvts/eval/KEY` under `$XDG_CACHE_HOME` or `~/.cache`,
 each in a file that is written whole. The key is a digest of everything that decides the result: the
-model's weights (by some of their values), the selectors, the questions, the methods, budgets, batch
-size and seed, the device and precision, the versions of the libraries, and alvts' own code. So a
-run that is started again with the same command goes on where it stopped, and one that differs in
-anything starts anew. A finished run's folder is removed.
+model's weights (by some of their values), the processor's settings, the selectors, the questions,
+the pixels of their pictures, where they were read from, the methods, budgets, batch size and seed,
+the device and precision, the versions of the libraries, and alvts' own code. So a run that is
+started again with the same command goes on where it stopped, and one that differs in anything
+starts anew. A finished run's folder is removed.
 """
 
 import hashlib
@@ -28,6 +29,9 @@ class Store:
 
     Where nothing can be kept, as the cache cannot be written or another process is at the same run,
     a warning says so and the run goes on without.
+
+    Attributes:
+        taken: batches of the run, of all processes, that were there before.
     """
 
     def __init__(self, facts: dict[str, Any], group: Group | None = None) -> None:
@@ -41,6 +45,7 @@ class Store:
         self._lock = ExitStack()
         self._group = group or Group()
         self.folder: Path | None = None
+        self.taken = 0
 
     def __enter__(self) -> "Store":
         try:

@@ -53,8 +53,9 @@ def to_table(summary: Summary) -> RenderableType:
             *((_speed(f),) if timed else ()),
         )
     head = summary.head
+    skipped = f"{summary.skipped} skipped, " if summary.skipped else ""
     title = (
-        f"{summary.name}: {head.samples} questions, {summary.scoring} scoring, "
+        f"{summary.name}: {head.samples} questions, {skipped}{summary.scoring} scoring, "
         f"{summary.visual_tokens:.4g} visual tokens\n"
         f"dense {head.dense:.1f} %, blind (grey picture) {head.blind:.1f} %, "
         f"chance (commonest answer of the kind) {head.chance:.1f} %; "
@@ -164,6 +165,7 @@ def to_json(
     return {
         "name": summary.name,
         "scoring": summary.scoring,
+        "skipped": summary.skipped,
         "visual_tokens": summary.visual_tokens,
         "kv_bytes_dense": summary.kv_bytes,
         "head": head(summary.head),
