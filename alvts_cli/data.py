@@ -16,6 +16,7 @@ refuses a whole JSON Lines or CSV file, where here it is one broken record.
 
 import csv
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -45,6 +46,7 @@ NAMES = {
 """The parts of a record, and the columns they are looked for in, in this order."""
 
 _TEXT = (".json", ".jsonl", ".csv")
+_FILES = (*_TEXT, ".parquet")
 _IN_FOLDER = ("prompts.jsonl", "prompts.txt", "metadata.jsonl", "metadata.csv")
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 _HUB = r"[\w-][\w.-]*(/[\w.-]+)?"
@@ -178,6 +180,9 @@ def read_data(source: Source, count: int | None, seed: int | None) -> Reader:
             none is used.
     """
     data, path = source.data, Path(source.data)
+    suffix = path.suffix.lower()
+    if not data:
+        raise _no_data(data)
     if source.image_folder is not None and (data == "pocket" or path.is_dir()):
         raise AlvtsError("an image folder goes with a file of records or a set of the hub only")
     if data == "pocket":
@@ -189,12 +194,15 @@ def read_data(source: Source, count: int | None, seed: int | None) -> Reader:
         if source.prompt is not None and not any(path.rglob("*.parquet")):
             rows = [(p.name, {"image": p.name}) for p in pictures_in(path)]
             return _listed(source, path, rows, count, seed)
-    elif path.suffix in (*_TEXT, ".parquet") and not path.is_file():
-        raise AlvtsError(f"there is no file {path}")
     elif path.exists() and not path.is_file():
         raise AlvtsError(f"cannot read {path}: it is a device or a pipe; name a file or a folder")
-    elif path.suffix in _TEXT:
+    elif suffix in _FILES and not path.is_file():
+        raise AlvtsError(f"there is no file {path}")
+    elif suffix in _TEXT:
         return _listed(source, path, _text_records(path), count, seed)
+    elif path.is_file() and suffix not in _FILES:
+        known = ", ".join(_FILES)
+        raise AlvtsError(f"cannot tell what {path} holds: its name must end in one of {known}")
     return _set(source, count, seed)
 
 
@@ -267,16 +275,19 @@ def _text_records(path: Path) -> list[tuple[str, Any]]:
     except OSError as error:
         raise AlvtsError(f"cannot read {path}: {error.strerror or error}") from None
     lines = [(f"{path.name}:{i}", s) for i, s in enumerate(text.split("\n"), 1) if s.strip()]
-    if path.suffix == ".csv":
+    suffix = path.suffix.lower()
+    if suffix == ".csv":
+        # By default, one long field makes a whole file unreadable.
+        csv.field_size_limit(max(csv.field_size_limit(), len(text)))
         table = csv.DictReader(StringIO(text, newline=""))
         try:
             return [(f"{path.name}:{table.line_num}", row) for row in table]
         except csv.Error as error:
             raise AlvtsError(f"{path} is not CSV: line {table.line_num}: {error}") from None
-    if path.suffix == ".txt":
+    if suffix == ".txt":
         parts = ((name, *line.partition("\t")) for name, line in lines)
         return [(name, {"image": image, "prompt": prompt}) for name, image, _, prompt in parts]
-    if path.suffix == ".json":
+    if suffix == ".json":
         try:
             whole = _json(text)
         except AlvtsError as error:
@@ -317,16 +328,20 @@ def _order(count: int, seed: int | None) -> list[int]:
     return order
 
 
+def _no_data(data: str) -> AlvtsError:
+    return AlvtsError(
+        f"no data {data!r}: give 'pocket', a .json, .jsonl, .csv or .parquet file, a folder "
+        "of images with prompts, or a data set of the hub: ID, ID:SPLIT or ID:CONFIG:SPLIT"
+    )
+
+
 def _set(source: Source, count: int | None, seed: int | None) -> Reader:
     """What `datasets` reads: Parquet, or a set of the hub or of a folder."""
     data = source.data
     name, *more = [data] if Path(data).exists() else data.split(":")
     path, (config, split) = Path(name), ("", "", *more)[-2:]
     if not path.exists() and (len(more) > 2 or re.fullmatch(_HUB, name) is None):
-        raise AlvtsError(
-            f"no data {data!r}: give 'pocket', a .json, .jsonl, .csv or .parquet file, a folder "
-            "of images with prompts, or a data set of the hub: ID, ID:SPLIT or ID:CONFIG:SPLIT"
-        )
+        raise _no_data(data)
     if path.is_dir() and not any(path.rglob("*.parquet")):
         raise AlvtsError(f"{path} has none of {', '.join(_IN_FOLDER)}, and no Parquet files")
     what: dict[str, Any] = {"path": name, "name": config or None, "split": split or source.split}
@@ -410,7 +425,9 @@ class _Reading:
             "question": _several(self._part(record, "question"), _as_turn),
             "answer": _several(self._part(record, "answer")),
         }
-        if not self.source.answered:
+        if self.source.answered:
+            told["answer"] = list(map(_number_as_text, told["answer"]))
+        else:
             # A column of that name may hold anything, such as the numbers of classes.
             told["answer"] = list(filter(_is_text, told["answer"]))
         parts = check(_PARTS, told, "it", of_json=False)
@@ -499,6 +516,12 @@ def _several(value: Any, alone: Callable[[Any], Any] = lambda one: one) -> list[
     several = value if isinstance(value, list) else [value]
     there = [one for one in several if (one.strip() if isinstance(one, str) else one is not None)]
     return [one if isinstance(one, dict) else alone(one) for one in there]
+
+
+def _number_as_text(value: Any) -> Any:
+    """What is right may be a number; true and NaN are none, and stay what they are."""
+    number = type(value) is int or (type(value) is float and math.isfinite(value))
+    return str(value) if number else value
 
 
 def _as_turn(text: Any) -> dict[str, Any]:

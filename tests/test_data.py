@@ -1,6 +1,8 @@
 """Data of every kind, and what is broken in them."""
 
 import json
+import math
+import os
 import random
 import socket
 import subprocess
@@ -172,6 +174,10 @@ def test_reading_stops_when_there_is_enough_or_no_hope() -> None:
         ("broken.parquet", "cannot read the data set broken.parquet"),
         ("not/there/at/all", "no data 'not/there/at/all'"),
         ("a:b:c:d", "no data"),
+        ("", "no data '': give"),
+        ("bare.text", "its name must end in one of .json, .jsonl, .csv, .parquet"),
+        ("ending", "its name must end in one of"),
+        ("pipe.jsonl", "it is a device or a pipe"),
     ],
 )
 def test_data_that_is_not_there(
@@ -182,6 +188,9 @@ def test_data_that_is_not_there(
     (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "broken.parquet").write_text("words")
     (tmp_path / "bare").mkdir()
+    for name in ("bare.text", "ending"):
+        (tmp_path / name).write_text("[]")
+    os.mkfifo(tmp_path / "pipe.jsonl")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(AlvtsError, match=words):
         read_data(Source(data), 5, 0)
@@ -246,6 +255,53 @@ def test_csv_is_taken_as_it_is_written(pictures: Path) -> None:
     assert samples[0].prompt == "Which one,\nthe left?"
     for words in ("data.csv:5: it has more fields", "data.csv:6: it has no question", "missing"):
         assert words in skipped
+
+
+def test_a_long_field_of_csv_is_read(pictures: Path) -> None:
+    lines = ["image,question", "good1.png,What?", f"good2.png,{'so ' * 50_000}?", "good3.png,Who?"]
+    (pictures / "data.csv").write_text("\n".join(lines))
+    samples, skipped = read(read_data(Source(str(pictures / "data.csv")), None, None))
+    assert [len(s.prompt) for s in samples] == [5, 150_001, 4] and skipped == ""
+
+
+@pytest.mark.parametrize("name", ["UP.JSONL", "Up.Json", "UP.CSV", "UP.PARQUET"])
+def test_the_case_of_an_ending_is_nothing(name: str, pictures: Path) -> None:
+    lower = name.lower()
+    line = json.dumps({"image": "good1.png", "question": "What?"})
+    if lower.endswith(".parquet"):
+        datasets = pytest.importorskip("datasets")
+        datasets.Dataset.from_list([json.loads(line)]).to_parquet(str(pictures / name))
+    else:
+        text = {
+            "up.jsonl": line,
+            "up.json": f"[{line}]",
+            "up.csv": "image,question\ngood1.png,What?",
+        }
+        (pictures / name).write_text(text[lower])
+    samples, _ = read(read_data(Source(str(pictures / name)), None, None))
+    assert [s.prompt for s in samples] == ["What?"]
+
+
+def test_numbers_are_right_answers_too(pictures: Path) -> None:
+    answers = [3, 2.5, [3, "three"], -1, 0]
+    records = [{"image": "good1.png", "text": "How many?", "answer": one} for one in answers]
+    (pictures / "data.json").write_text(json.dumps(records))
+    source = Source(str(pictures / "data.json"), answered=True)
+    samples, skipped = read(read_data(source, None, None))
+    expected = [("3",), ("2.5",), ("3", "three"), ("-1",), ("0",)]
+    assert [s.answers for s in samples] == expected and skipped == ""
+
+
+def test_a_damaged_file_is_told_once(tmp_path: Path) -> None:
+    """What reads it would log the same before."""
+    pytest.importorskip("datasets")
+    (tmp_path / "broken.parquet").write_text("words")
+    code = "from alvts_cli.cli import main; main()"
+    line = [sys.executable, "-c", code, "run", "--data", "broken.parquet", "--out", "out.jsonl"]
+    surroundings = {k: v for k, v in os.environ.items() if k != "DATASETS_VERBOSITY"}
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, env=surroundings)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: cannot read the data set broken.parquet: ")
 
 
 def test_columns_are_found_or_told(pictures: Path) -> None:
@@ -320,7 +376,8 @@ _LATER = (("human", "Sure?"), ("gpt", "Yes."))
         ({"image": " "}, "it has no image"),
         ({"image": "a\nb.png"}, "there is no image"),
         ({"text": None, "a\nb": 1}, "of its columns"),
-        ({"answer": 7}, "answer.0"),
+        ({"answer": True}, "answer.0"),
+        ({"answer": [3, math.nan]}, "answer.1"),
         ({"answer": [{"answer": "A"}]}, "answer.0"),
         ({"answer": ["A", "\ud800"]}, "answer.1': Input should be Unicode"),
         ({"answer": ["", " "]}, "it has no answer"),

@@ -156,8 +156,10 @@ def with_levels(command: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.BadParameter("it cannot go with --verbose", param_hint="--quiet")
         # Read when the libraries are imported, by the command that needs them.
         level = "info" if verbose else "error"
-        for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY", "DATASETS_VERBOSITY"):
+        for name in ("TRANSFORMERS_VERBOSITY", "HF_HUB_VERBOSITY"):
             os.environ.setdefault(name, level)
+        # It raises what it logs as an error: that would be told twice.
+        os.environ.setdefault("DATASETS_VERBOSITY", "info" if verbose else "critical")
         if not verbose:
             os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         set_level(quiet, verbose)
