@@ -418,11 +418,16 @@ def test_an_interrupted_command_goes_on(monkeypatch, cache):
     assert result.stdout == ""
     result = alvts(*command)
     assert result.stdout == whole
-    assert result.stderr == "pocket: 1 batches from before\n"
+    assert seeing(result.stderr) == ["pocket: 1 batches from before"]
     # One before the interrupt, the one it hit, and the two that were left.
     assert len(batches) == 4
     batches.clear()
     assert alvts(*command, "--fresh").exit_code == 130
+
+
+def seeing(stderr):
+    """The lines, but for those which say that this model sees nothing, for it is not trained."""
+    return [line for line in stderr.splitlines() if "not surely better than blind" not in line]
 
 
 def folder_of(folder, color, records):
@@ -467,7 +472,8 @@ def test_answers_about_other_pictures_are_not_taken(tmp_path, monkeypatch):
         patch.setattr("transformers.ProcessorMixin.to_json_string", lambda _: other)
         assert "from before" not in alvts(*told, "--data", data).stderr
     result = alvts(*told, "--data", data)
-    assert result.exit_code == 0 and result.stderr == "q.jsonl: 1 batches from before\n"
+    assert result.exit_code == 0
+    assert seeing(result.stderr) == ["q.jsonl: 1 batches from before"]
 
 
 def test_data_sets_are_told_apart_by_where_they_lie(tmp_path, monkeypatch, recwarn):
@@ -476,7 +482,7 @@ def test_data_sets_are_told_apart_by_where_they_lie(tmp_path, monkeypatch, recwa
     folder_of(tmp_path / "B", "red", RECORDS)
     monkeypatch.chdir(tmp_path)
     result = alvts(*told, "--data", "A/q.jsonl", "--data", "B/q.jsonl")
-    assert result.exit_code == 0 and not result.stderr and not recwarn
+    assert result.exit_code == 0 and not seeing(result.stderr) and not recwarn
     for other in ("./A/q.jsonl", "B/../A/q.jsonl", tmp_path / "A" / "q.jsonl"):
         line = refused(*told, "--data", "A/q.jsonl", "--data", other, code=2)
         assert "a data set is there twice" in line
