@@ -459,8 +459,14 @@ class _Reading:
         )
 
     def _part(self, record: dict[str, Any], part: str) -> Any:
-        """What a record has of a part, or None."""
+        """What a record has of a part, or None.
+
+        Raises:
+            AlvtsError: it lacks the column that was named for it.
+        """
         told = self.source.columns.get(part)
+        if told is not None and told not in record:
+            raise self._without(record, part)
         columns = NAMES[part] if told is None else (told,)
         return next((record[c] for c in columns if record.get(c) is not None), None)
 

@@ -313,8 +313,10 @@ def test_columns_are_found_or_told(pictures: Path) -> None:
     assert (sample.id, sample.prompt, sample.answers) == ("good1.png", "What?", ("A", "B"))
     _, skipped = read(read_data(Source(str(path)), None, None))
     assert "it has no question; of its columns (img, q, a, image), name" in skipped
-    _, skipped = read(read_data(Source(str(path), columns={"question": "asked"}), None, None))
-    assert "no column asked" in skipped
+    for part in ("question", "answer", "id", "kind"):
+        named = {"image": "img", "question": "q", part: "asked"}
+        _, skipped = read(read_data(Source(str(path), columns=named), None, None))
+        assert f"it has no {part}; of its columns (img, q, a, image), no column asked" in skipped
     assert parse_columns(None) == {}
     for text in ("", "image", "picture=img", "image=", "image=a,image=b"):
         with pytest.raises(AlvtsError, match="PART=COLUMN"):
