@@ -400,9 +400,8 @@ def test_fitted_methods_are_given_the_selectors_without_alvts_itself(tmp_path):
     assert "0 to 64" in result.stdout and "32x8" in result.stdout
 
 
-def test_an_interrupted_command_goes_on(monkeypatch, cache):
-    command = (*COMMAND, "--samples", 7, "--batch", 3)
-    whole = alvts(*command).stdout
+def interrupt_the_second(monkeypatch):
+    """Of the batches that are run, which are returned as they come."""
     real, batches = run_module._batch, []
 
     def counted(*args):
@@ -412,6 +411,13 @@ def test_an_interrupted_command_goes_on(monkeypatch, cache):
         return real(*args)
 
     monkeypatch.setattr(run_module, "_batch", counted)
+    return batches
+
+
+def test_an_interrupted_command_goes_on(monkeypatch, cache):
+    command = (*COMMAND, "--samples", 7, "--batch", 3)
+    whole = alvts(*command).stdout
+    batches = interrupt_the_second(monkeypatch)
     result = alvts(*command)
     assert result.exit_code == 130
     assert "same command" in result.stderr
@@ -446,15 +452,7 @@ RECORDS = [
 
 def test_answers_about_other_pictures_are_not_taken(tmp_path, monkeypatch):
     """The questions, and the names of all files, are the same."""
-    real, batches = run_module._batch, []
-
-    def counted(*args):
-        batches.append(args)
-        if len(batches) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(run_module, "_batch", counted)
+    interrupt_the_second(monkeypatch)
     told = ("eval", "--model", model_folder(), "--methods", "random", "--keep", "64", "--batch", 2)
     data = folder_of(tmp_path / "A", "red", RECORDS)
     assert alvts(*told, "--data", data).exit_code == 130
