@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from alvts_cli.engine.keep import Keep
-from alvts_cli.engine.plan import Plan, due_layers, make_plan
+from alvts_cli.engine.plan import Plan, make_plan
+from alvts_cli.engine.policy import due_layers
 
 
 def planned(*layouts: str, keep: tuple[float | int, ...] = (0.5, 0.0)) -> Plan:

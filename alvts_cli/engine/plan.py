@@ -1,6 +1,6 @@
 """What one forward of the model will do, known on the host before its first layer runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import AlvtsError
 from .keep import Keep
 from .normed import Normed
+from .policy import due_layers
 from .scene import Scene
 from .scoring import asking
 from .selecting import positions_of
@@ -276,33 +277,6 @@ def make_plan(
         several=max(begun) > 1,
         remasks=remasks or not all(map(all, unchanged)),
     )
-
-
-def due_layers(
-    keep_counts: Sequence[Sequence[int]], visual_counts: Sequence[int], every: int
-) -> tuple[tuple[bool, ...], ...]:
-    """Where each sample's tokens are ranked, `[layer][sample]`: in the layers that they would be in
-    without the others of its batch.
-
-    That is where some but not all are kept, for the first time, and then again from `every` layers
-    behind on; with 0 never again.
-
-    Args:
-        keep_counts: `[layer][sample]`, `k`.
-        visual_counts: per sample, `N`.
-        every: see `policy.Policy`.
-    """
-    ranked: list[int | None] = [None] * len(visual_counts)
-    found = []
-    for i, kept in enumerate(keep_counts):
-        row = []
-        for b, (k, n) in enumerate(zip(kept, visual_counts, strict=True)):
-            last = ranked[b]
-            now = 0 < k < n and (last is None or (every > 0 and i - last >= every))
-            ranked[b] = i if now else last
-            row.append(now)
-        found.append(tuple(row))
-    return tuple(found)
 
 
 def _same_before(

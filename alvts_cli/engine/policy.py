@@ -91,6 +91,33 @@ selection that the layer before ran on; on an earlier one, taken up again; on an
 earlier ranking's best; on text alone; on text alone like the layer before."""
 
 
+def due_layers(
+    keep_counts: Sequence[Sequence[int]], visual_counts: Sequence[int], every: int
+) -> tuple[tuple[bool, ...], ...]:
+    """Where each sample's tokens are ranked, `[layer][sample]`: in the layers that they would be in
+    without the others of its batch.
+
+    That is where some but not all are kept, for the first time, and then again from `every` layers
+    behind on; with 0 never again.
+
+    Args:
+        keep_counts: `[layer][sample]`, `k`.
+        visual_counts: per sample, `N`.
+        every: see `Policy`.
+    """
+    ranked: list[int | None] = [None] * len(visual_counts)
+    found = []
+    for i, kept in enumerate(keep_counts):
+        row = []
+        for b, (k, n) in enumerate(zip(kept, visual_counts, strict=True)):
+            last = ranked[b]
+            now = 0 < k < n and (last is None or (every > 0 and i - last >= every))
+            ranked[b] = i if now else last
+            row.append(now)
+        found.append(tuple(row))
+    return tuple(found)
+
+
 def what_layers_do(
     policy: Policy, kept: Sequence[int], visual_tokens: int, adds_behind: int
 ) -> list[str]:
@@ -103,8 +130,8 @@ def what_layers_do(
         adds_behind: as `families.Family.adds_behind` has it: up to there all tokens are put back
             behind every layer, as everywhere if the policy carries what is skipped.
     """
-    found = []
-    ranked, number = -1, -1
+    found, number = [], -1
+    due = due_layers([(count,) for count in kept], (visual_tokens,), policy.every)
     for i, count in enumerate(kept):
         # The selection of the layer before, where that is handed on.
         handed = None if i == 0 or i <= adds_behind or policy.carry else kept[i - 1]
@@ -112,8 +139,8 @@ def what_layers_do(
             found.append("dense")
         elif count == 0:
             found.append("text_goes_on" if handed == 0 else "text_only")
-        elif ranked < 0 or (policy.every and i - ranked >= policy.every):
-            ranked, number = i, count
+        elif due[i][0]:
+            number = count
             found.append("chooses")
         elif count != number:
             number = count
